@@ -1,0 +1,323 @@
+// CPU kernels: vectorised by the compiler over chunks that stay in the first-level cache, threaded over chunks.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "ddpm_math.h"
+#include "layout.h"
+
+// One build serves any x86-64 machine: the loader picks the widest version that the processor runs.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define DDPM_X86 1
+#define DDPM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DDPM_CLONES
+#endif
+
+namespace fused_ddpm {
+
+constexpr int64_t CHUNK = 1024;       // elements a task: 4 kB of float32; a multiple of 32, so whole vectors fit
+constexpr int64_t CHUNKS_A_THREAD = 4;  // below this a second thread costs more than it brings
+
+// Loops the compiler must vectorise. Each exists in several versions, so none is a template.
+
+// The random words of `groups` groups, those that make a radius apart from those that make an angle.
+DDPM_CLONES void random_words(
+    uint32_t* radius, uint32_t* angle, int64_t groups, uint64_t seed, uint64_t first_group, uint32_t step, uint32_t stream) {
+  for (int64_t i = 0; i < groups; ++i) {
+    const Random4 r = philox(seed, first_group + i, step, stream);
+    radius[2 * i] = r.w[0], radius[2 * i + 1] = r.w[2];
+    angle[2 * i] = r.w[1], angle[2 * i + 1] = r.w[3];
+  }
+}
+
+#ifdef DDPM_X86
+// The same eight groups at a time, each word in the low half of a 64-bit lane: vpmuludq then yields both halves of
+// a product at once, which compilers do not find by themselves and which halves the time of the whole step.
+__attribute__((target("avx512f"))) void random_words_avx512(
+    uint32_t* radius, uint32_t* angle, int64_t groups, uint64_t seed, uint64_t first_group, uint32_t step, uint32_t stream) {
+  const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), low = _mm512_set1_epi64(0xFFFFFFFF);
+  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+  for (int64_t i = 0; i < groups; i += 8) {
+    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(first_group + i), lane), c1 = _mm512_srli_epi64(c0, 32);
+    __m512i c2 = _mm512_set1_epi64(step), c3 = _mm512_set1_epi64(stream);
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);  // reads the low halves only
+      c0 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p1, 32), c1), _mm512_set1_epi64(k0));
+      c2 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p0, 32), c3), _mm512_set1_epi64(k1));
+      c1 = p1, c3 = p0;  // high halves are rubbish from here on, and never read
+    }
+    _mm512_storeu_si512(radius + 2 * i, _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c2, 32)));
+    _mm512_storeu_si512(angle + 2 * i, _mm512_or_si512(_mm512_and_si512(c1, low), _mm512_slli_epi64(c3, 32)));
+  }
+}
+#endif
+
+DDPM_CLONES void box_muller_chunk(float* z, const uint32_t* radius, const uint32_t* angle, int64_t pairs) {
+#pragma omp simd
+  for (int64_t i = 0; i < pairs; ++i) box_muller(radius[i], angle[i], &z[2 * i], &z[2 * i + 1]);
+}
+
+// Up to CHUNK standard normals, for elements 4 first_group onwards.
+void fill_normal(float* z, int64_t n, uint64_t seed, uint64_t first_group, uint32_t step, uint32_t stream) {
+  alignas(64) uint32_t radius[CHUNK / 2], angle[CHUNK / 2];
+  const int64_t groups = (n + 3) / 4;
+#ifdef DDPM_X86
+  static const bool avx512 = __builtin_cpu_supports("avx512f");
+  (avx512 ? random_words_avx512 : random_words)(radius, angle, groups, seed, first_group, step, stream);
+#else
+  random_words(radius, angle, groups, seed, first_group, step, stream);
+#endif
+  box_muller_chunk(z, radius, angle, 2 * groups);
+}
+
+DDPM_CLONES void guide_chunk(float* cond, const float* uncond, float scale, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) cond[i] = guide(cond[i], uncond[i], scale);
+}
+
+DDPM_CLONES void posterior_chunk(
+    float* y, const float* x, const float* out, const float* z, Coefficients k, float limit, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = posterior(x[i], out[i], z[i], k, limit);
+}
+
+template <int64_t KIND, class T>
+DDPM_HD T loss_sum(const T* pred, const T* target, const T* w, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += w[i] * distance<KIND>(pred[i] - target[i]);
+  return sum;
+}
+
+template <int64_t KIND, class T>
+DDPM_HD void loss_grad(T* grad, const T* pred, const T* target, const T* w, T scale, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) grad[i] = scale * w[i] * distance_grad<KIND>(pred[i] - target[i]);
+}
+
+#define DDPM_LOSS_CHUNKS(T)                                                                                       \
+  DDPM_CLONES T loss_chunk(int64_t kind, const T* pred, const T* target, const T* w, int64_t n) {                  \
+    if (kind == L2) return loss_sum<L2, T>(pred, target, w, n);                                                    \
+    if (kind == L1) return loss_sum<L1, T>(pred, target, w, n);                                                    \
+    return loss_sum<HUBER, T>(pred, target, w, n);                                                                 \
+  }                                                                                                                \
+  DDPM_CLONES void grad_chunk(                                                                                     \
+      int64_t kind, T* grad, const T* pred, const T* target, const T* w, T scale, int64_t n) {                     \
+    if (kind == L2) return loss_grad<L2, T>(grad, pred, target, w, scale, n);                                      \
+    if (kind == L1) return loss_grad<L1, T>(grad, pred, target, w, scale, n);                                      \
+    return loss_grad<HUBER, T>(grad, pred, target, w, scale, n);                                                   \
+  }                                                                                                                \
+  DDPM_CLONES T sum_chunk(const T* w, int64_t n) {                                                                 \
+    T sum = 0;                                                                                                     \
+    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) sum += w[i];                            \
+    return sum;                                                                                                    \
+  }
+DDPM_LOSS_CHUNKS(float)
+DDPM_LOSS_CHUNKS(double)
+
+// Elements [begin, begin + n) of an image, in logical order, in `buffer` or where they lie if that is the same.
+template <class T, class Acc>
+const Acc* load(Acc* buffer, const T* image, const Layout& at, int64_t begin, int64_t n) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    if (at.contiguous()) return image + begin;
+  }
+  for (int64_t i = 0; i < n;) {
+    const int64_t c = (begin + i) / at.pixels, p = (begin + i) % at.pixels;
+    const int64_t run = std::min(n - i, at.pixels - p);
+    const T* source = image + c * at.channel_stride + p * at.pixel_stride;
+    for (int64_t j = 0; j < run; ++j) buffer[i + j] = static_cast<Acc>(source[j * at.pixel_stride]);
+    i += run;
+  }
+  return buffer;
+}
+
+// Where to write them: in place if `store` would only copy, else `buffer`, to be stored afterwards.
+template <class T, class Acc>
+Acc* destination(Acc* buffer, T* image, const Layout& at, int64_t begin) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    if (at.contiguous()) return image + begin;
+  }
+  return buffer;
+}
+
+template <class T, class Acc>
+void store(T* image, const Acc* buffer, const Layout& at, int64_t begin, int64_t n) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t c = (begin + i) / at.pixels, p = (begin + i) % at.pixels;
+    const int64_t run = std::min(n - i, at.pixels - p);
+    T* to = image + c * at.channel_stride + p * at.pixel_stride;
+    for (int64_t j = 0; j < run; ++j) to[j * at.pixel_stride] = static_cast<T>(buffer[i + j]);
+    i += run;
+  }
+}
+
+at::Tensor posterior_step_cpu(
+    const at::Tensor& x_t, const at::Tensor& out, const std::optional<at::Tensor>& out_uncond, double guidance_scale,
+    const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds, int64_t stream, bool clip) {
+  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds);
+  const at::Tensor x = dense(x_t), o = dense(out), u = out_uncond ? dense(*out_uncond) : at::Tensor();
+  const at::Tensor y = at::empty_like(x);
+  if (x.numel() == 0) return y;
+
+  const int64_t row = step.item<int64_t>();
+  TORCH_CHECK_INDEX(row >= 0 && row < coefficients.size(0), "posterior_step: step ", row, " is outside 0..", coefficients.size(0) - 1);
+  const float* c = coefficients.const_data_ptr<float>() + 5 * row;
+  const Coefficients k{c[0], c[1], c[2], c[3], c[4]};
+  const float limit = clip ? 1.0f : std::numeric_limits<float>::infinity();
+  const int64_t image = x.numel() / x.size(0), chunks = (image + CHUNK - 1) / CHUNK;
+  const Layout x_at = layout_of(x), o_at = layout_of(o), u_at = u.defined() ? layout_of(u) : o_at;
+  const float* x_data = x.const_data_ptr<float>();
+  float* y_data = y.mutable_data_ptr<float>();
+  const int64_t* seed = seeds.const_data_ptr<int64_t>();
+
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, o.scalar_type(), "posterior_step", [&] {
+    const scalar_t* o_data = o.const_data_ptr<scalar_t>();
+    const scalar_t* u_data = u.defined() ? u.const_data_ptr<scalar_t>() : nullptr;
+    at::parallel_for(0, x.size(0) * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
+      alignas(64) float z[CHUNK] = {}, x_buffer[CHUNK], o_buffer[CHUNK], u_buffer[CHUNK], y_buffer[CHUNK];
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t b = task / chunks, begin = task % chunks * CHUNK, n = std::min(CHUNK, image - begin);
+        if (k.s != 0) fill_normal(z, n, seed[b], begin / 4, row, stream);
+        const float* xs = load(x_buffer, x_data + b * image, x_at, begin, n);
+        const float* os = load(o_buffer, o_data + b * image, o_at, begin, n);
+        if (u_data) {
+          if (os != o_buffer) os = std::copy_n(os, n, o_buffer) - n;
+          guide_chunk(o_buffer, load(u_buffer, u_data + b * image, u_at, begin, n), guidance_scale, n);
+        }
+        float* ys = destination(y_buffer, y_data + b * image, x_at, begin);
+        posterior_chunk(ys, xs, os, z, k, limit, n);
+        if (ys == y_buffer) store(y_data + b * image, ys, x_at, begin, n);
+      }
+    });
+  });
+  return y;
+}
+
+// The per-pixel weights of a loss, read from masks of either dtype and either channel count.
+struct Weights {
+  at::Tensor target, cond;
+  double cond_weight;
+
+  Weights(const std::optional<at::Tensor>& target_mask, const std::optional<at::Tensor>& cond_mask, double weight)
+      : target(target_mask ? mask_bytes_or_float(*target_mask) : at::Tensor()),
+        cond(cond_mask ? mask_bytes_or_float(*cond_mask) : at::Tensor()),
+        cond_weight(weight) {}
+
+  bool per_channel() const {
+    return (target.defined() && target.size(1) > 1) || (cond.defined() && cond.size(1) > 1);
+  }
+
+  template <class T>
+  static void values(T* to, const at::Tensor& mask, int64_t b, int64_t c, int64_t p, int64_t n) {
+    if (!mask.defined()) return std::fill_n(to, n, T(0)), void();
+    const int64_t channels = mask.size(1), pixels = mask.size(2) * mask.size(3);
+    const int64_t at = (b * channels + (channels > 1 ? c : 0)) * pixels + p;
+    if (mask.scalar_type() == at::kByte) {
+      std::copy_n(mask.const_data_ptr<uint8_t>() + at, n, to);
+    } else {
+      std::copy_n(mask.const_data_ptr<float>() + at, n, to);
+    }
+  }
+
+  template <class T>
+  void fill(T* w, int64_t b, int64_t c, int64_t p, int64_t n) const {
+    if (!target.defined()) return std::fill_n(w, n, T(1)), void();
+    T cond_values[CHUNK];
+    values(w, target, b, c, p, n);
+    values(cond_values, cond, b, c, p, n);
+    for (int64_t i = 0; i < n; ++i) w[i] = mask_weight<T>(w[i], cond_values[i], cond_weight);
+  }
+};
+
+// Calls visit(task, b, c, p, n, w) for every run of n pixels of one channel; w is filled once for all channels
+// where the masks allow. One task is one pixel chunk of one image with all its channels.
+template <class T, class Visit>
+void for_each_run(const at::Tensor& pred, const Layout& at, const Weights& weights, const Visit& visit) {
+  const int64_t chunks = (at.pixels + CHUNK - 1) / CHUNK;
+  at::parallel_for(0, pred.size(0) * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
+    alignas(64) T w[CHUNK];
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t b = task / chunks, p = task % chunks * CHUNK, n = std::min(CHUNK, at.pixels - p);
+      for (int64_t c = 0; c < at.channels; ++c) {
+        if (c == 0 || weights.per_channel()) weights.fill(w, b, c, p, n);
+        visit(task, b, c, p, n, w);
+      }
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
+    const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
+    const std::optional<at::Tensor>& cond_mask, double cond_weight, int64_t kind) {
+  check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
+  const at::Tensor pred = dense(pred_), target = dense(target_.to(loss_dtype(pred)));
+  const Weights weights(target_mask, cond_mask, cond_weight);
+  double loss = 0, total = 0;
+  if (pred.numel() > 0) {
+    const Layout p_at = layout_of(pred), t_at = layout_of(target);
+    const int64_t image = p_at.channels * p_at.pixels;
+    const int64_t tasks = pred.size(0) * ((p_at.pixels + CHUNK - 1) / CHUNK);
+    // One partial sum a task, added up in order below: the same bits for any number of threads.
+    std::vector<double> losses(tasks, 0.0), totals(tasks, 0.0);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
+      using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+      const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
+      const acc_t* t_data = target.const_data_ptr<acc_t>();
+      for_each_run<acc_t>(pred, p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const acc_t* w) {
+        alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK];
+        const int64_t begin = c * p_at.pixels + p;
+        const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
+        const acc_t* ts = load(t_buffer, t_data + b * image, t_at, begin, n);
+        losses[task] += loss_chunk(kind, ps, ts, w, n);
+        totals[task] += sum_chunk(w, n);
+      });
+    });
+    for (int64_t i = 0; i < tasks; ++i) loss += losses[i], total += totals[i];
+  }
+  const auto options = pred.options().dtype(loss_dtype(pred));
+  return {at::scalar_tensor(total > 0 ? loss / total : 0.0, options), at::scalar_tensor(total, options)};
+}
+
+at::Tensor masked_loss_backward_cpu(
+    const at::Tensor& grad, const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
+    const std::optional<at::Tensor>& cond_mask, const at::Tensor& total, double cond_weight, int64_t kind) {
+  check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
+  const at::Tensor pred = dense(pred_), target = dense(target_.to(loss_dtype(pred)));
+  const Weights weights(target_mask, cond_mask, cond_weight);
+  const at::Tensor grad_pred = at::empty_like(pred);
+  if (pred.numel() == 0) return grad_pred;
+  const double sum = total.item<double>(), scale = sum > 0 ? grad.item<double>() / sum : 0.0;
+  const Layout p_at = layout_of(pred), t_at = layout_of(target);
+  const int64_t image = p_at.channels * p_at.pixels;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss_backward", [&] {
+    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
+    const acc_t* t_data = target.const_data_ptr<acc_t>();
+    scalar_t* g_data = grad_pred.mutable_data_ptr<scalar_t>();
+    for_each_run<acc_t>(pred, p_at, weights, [&](int64_t, int64_t b, int64_t c, int64_t p, int64_t n, const acc_t* w) {
+      alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK], g_buffer[CHUNK];
+      const int64_t begin = c * p_at.pixels + p;
+      const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
+      const acc_t* ts = load(t_buffer, t_data + b * image, t_at, begin, n);
+      acc_t* gs = destination(g_buffer, g_data + b * image, p_at, begin);
+      grad_chunk(kind, gs, ps, ts, w, static_cast<acc_t>(scale), n);
+      if (gs == g_buffer) store(g_data + b * image, gs, p_at, begin, n);
+    });
+  });
+  return grad_pred;
+}
+
+TORCH_LIBRARY_IMPL(fused_ddpm, CPU, m) {
+  m.impl("posterior_step", posterior_step_cpu);
+  m.impl("masked_loss", masked_loss_cpu);
+  m.impl("masked_loss_backward", masked_loss_backward_cpu);
+}
+
+}  // namespace fused_ddpm

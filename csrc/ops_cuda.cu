@@ -1,0 +1,368 @@
+// CUDA kernels: one thread, four elements, one Philox call. Grid: x runs inside an image, y over images, both capped and
+// strided, so that no index needs a 64-bit division. c10 headers only: ATen/cuda/CUDAContext.h would need cuSPARSE's.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "ddpm_math.h"
+#include "layout.h"
+
+namespace fused_ddpm {
+
+constexpr int THREADS = 256;
+constexpr int64_t MAX_GRID_X = 1024, MAX_GRID_Y = 1024;
+
+// Four elements in one load or store.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T v[4];
+};
+
+template <class T>
+bool aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
+}
+
+inline dim3 grid_for(int64_t images, int64_t groups) {
+  return dim3(
+      static_cast<unsigned>(std::min((groups + THREADS - 1) / THREADS, MAX_GRID_X)),
+      static_cast<unsigned>(std::min(images, MAX_GRID_Y)));
+}
+
+// Elements 4 group .. of an image, in logical order; `n` of them exist. VECTOR: contiguous, aligned, n = 4.
+template <bool VECTOR, class T, class Acc>
+__device__ __forceinline__ void load4(Acc to[4], const T* image, const Layout& at, int64_t group, int64_t n) {
+  if (VECTOR) {
+    const Four<T> four = reinterpret_cast<const Four<T>*>(image)[group];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j] = static_cast<Acc>(four.v[j]);
+    return;
+  }
+  int64_t c = 4 * group / at.pixels, p = 4 * group - c * at.pixels;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    to[j] = j < n ? static_cast<Acc>(image[c * at.channel_stride + p * at.pixel_stride]) : Acc(0);
+    if (++p == at.pixels) p = 0, ++c;
+  }
+}
+
+template <bool VECTOR, class T, class Acc>
+__device__ __forceinline__ void store4(T* image, const Acc from[4], const Layout& at, int64_t group, int64_t n) {
+  if (VECTOR) {
+    Four<T> four;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) four.v[j] = static_cast<T>(from[j]);
+    reinterpret_cast<Four<T>*>(image)[group] = four;
+    return;
+  }
+  int64_t c = 4 * group / at.pixels, p = 4 * group - c * at.pixels;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (j < n) image[c * at.channel_stride + p * at.pixel_stride] = static_cast<T>(from[j]);
+    if (++p == at.pixels) p = 0, ++c;
+  }
+}
+
+template <class T, bool VECTOR>
+__global__ void __launch_bounds__(THREADS) posterior_kernel(
+    float* __restrict__ y, const float* __restrict__ x, const T* __restrict__ out, const T* __restrict__ uncond, float scale,
+    const float* __restrict__ coefficients, const int64_t* __restrict__ step, int64_t steps,
+    const int64_t* __restrict__ seeds, int64_t images, int64_t image, Layout x_at, Layout o_at, Layout u_at,
+    uint32_t stream, float limit) {
+  // The row is read from memory, so a captured graph can be replayed for every step.
+  const int64_t row = *step;
+  CUDA_KERNEL_ASSERT(row >= 0 && row < steps);
+  const float* c = coefficients + 5 * row;
+  const Coefficients k{c[0], c[1], c[2], c[3], c[4]};
+  const int64_t groups = (image + 3) / 4;
+  for (int64_t b = blockIdx.y; b < images; b += gridDim.y) {
+    const uint64_t seed = seeds[b];
+    const int64_t base = b * image;
+    for (int64_t g = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x; g < groups;
+         g += gridDim.x * static_cast<int64_t>(THREADS)) {
+      const int64_t n = image - 4 * g < 4 ? image - 4 * g : 4;
+      float xs[4], os[4], z[4] = {0, 0, 0, 0};
+      load4<VECTOR>(xs, x + base, x_at, g, n);
+      load4<VECTOR>(os, out + base, o_at, g, n);
+      if (uncond) {
+        float us[4];
+        load4<VECTOR>(us, uncond + base, u_at, g, n);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) os[j] = guide(os[j], us[j], scale);
+      }
+      if (k.s != 0) normal4(seed, g, static_cast<uint32_t>(row), stream, z);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) xs[j] = posterior(xs[j], os[j], z[j], k, limit);
+      store4<VECTOR>(y + base, xs, x_at, g, n);
+    }
+  }
+}
+
+at::Tensor posterior_step_cuda(
+    const at::Tensor& x_t, const at::Tensor& out, const std::optional<at::Tensor>& out_uncond, double guidance_scale,
+    const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds, int64_t stream, bool clip) {
+  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds);
+  const c10::cuda::CUDAGuard guard(x_t.device());
+  const at::Tensor x = dense(x_t), o = dense(out), u = out_uncond ? dense(*out_uncond) : at::Tensor();
+  const at::Tensor y = at::empty_like(x);
+  if (x.numel() == 0) return y;
+  const int64_t images = x.size(0), image = x.numel() / images;
+  const Layout x_at = layout_of(x), o_at = layout_of(o), u_at = u.defined() ? layout_of(u) : o_at;
+  const float limit = clip ? 1.0f : std::numeric_limits<float>::infinity();
+  const float* x_data = x.const_data_ptr<float>();
+  float* y_data = y.mutable_data_ptr<float>();
+
+  const auto launch = [&](auto type) {
+    using T = decltype(type);
+    const T* o_data = o.const_data_ptr<T>();
+    const T* u_data = u.defined() ? u.const_data_ptr<T>() : nullptr;
+    const bool vector = image % 4 == 0 && x_at.contiguous() && o_at.contiguous() && u_at.contiguous() &&
+        aligned(x_data) && aligned(y_data) && aligned(o_data) && aligned(u_data);
+    const auto kernel = vector ? posterior_kernel<T, true> : posterior_kernel<T, false>;
+    kernel<<<grid_for(images, (image + 3) / 4), THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        y_data, x_data, o_data, u_data, static_cast<float>(guidance_scale), coefficients.const_data_ptr<float>(),
+        step.const_data_ptr<int64_t>(), coefficients.size(0), seeds.const_data_ptr<int64_t>(), images, image, x_at, o_at,
+        u_at, static_cast<uint32_t>(stream), limit);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (o.scalar_type() == at::kFloat) launch(float{});
+  if (o.scalar_type() == at::kBFloat16) launch(c10::BFloat16{});
+  if (o.scalar_type() == at::kHalf) launch(c10::Half{});
+  return y;
+}
+
+// A mask of either dtype with one channel or one for each of pred's; data is null where there is none.
+struct Mask {
+  const void* data;
+  bool bytes;
+  int64_t channels, pixels;
+
+  template <bool VECTOR, class Acc>
+  __device__ __forceinline__ void load(Acc to[4], int64_t b, int64_t c, int64_t group, int64_t n) const {
+    const Layout plane{1, pixels, pixels, 1};
+    const int64_t at = (b * channels + (channels > 1 ? c : 0)) * pixels;
+    if (bytes) {
+      load4<VECTOR>(to, static_cast<const uint8_t*>(data) + at, plane, group, n);
+    } else {
+      load4<VECTOR>(to, static_cast<const float*>(data) + at, plane, group, n);
+    }
+  }
+};
+
+struct Masks {
+  Mask target, cond;
+
+  // Weights of four pixels of channel c; false where they are the same as channel 0's, and so in w already.
+  template <bool VECTOR, class Acc>
+  __device__ __forceinline__ void weights(Acc w[4], Acc cond_weight, int64_t b, int64_t c, int64_t group, int64_t n) const {
+    if (c > 0 && target.channels <= 1 && cond.channels <= 1) return;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[j] = j < n ? Acc(1) : Acc(0);
+    if (!target.data) return;
+    Acc t[4], s[4] = {0, 0, 0, 0};
+    target.load<VECTOR>(t, b, c, group, n);
+    if (cond.data) cond.load<VECTOR>(s, b, c, group, n);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[j] *= mask_weight<Acc>(t[j], s[j], cond_weight);
+  }
+};
+
+// Four pixels of one channel of image b. A channel is addressed as an image of its own, of one channel.
+__device__ __forceinline__ Layout channel(const Layout& at) { return {1, at.pixels, 0, at.pixel_stride}; }
+
+template <class T, class Acc, int64_t KIND, bool VECTOR>
+__global__ void __launch_bounds__(THREADS) loss_kernel(
+    double* __restrict__ partials, const T* __restrict__ pred, const Acc* __restrict__ target, Masks masks, Acc cond_weight,
+    int64_t images, Layout p_at, Layout t_at) {
+  const int64_t groups = (p_at.pixels + 3) / 4, image = p_at.channels * p_at.pixels;
+  Acc loss = 0, total = 0;
+  for (int64_t b = blockIdx.y; b < images; b += gridDim.y) {
+    for (int64_t g = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x; g < groups;
+         g += gridDim.x * static_cast<int64_t>(THREADS)) {
+      const int64_t n = p_at.pixels - 4 * g < 4 ? p_at.pixels - 4 * g : 4;
+      Acc w[4];
+      for (int64_t c = 0; c < p_at.channels; ++c) {
+        masks.weights<VECTOR>(w, cond_weight, b, c, g, n);
+        Acc ps[4], ts[4];
+        load4<VECTOR>(ps, pred + b * image + c * p_at.channel_stride, channel(p_at), g, n);
+        load4<VECTOR>(ts, target + b * image + c * t_at.channel_stride, channel(t_at), g, n);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          loss += w[j] * distance<KIND>(ps[j] - ts[j]);
+          total += w[j];
+        }
+      }
+    }
+  }
+  // A tree of fixed shape, and no atomics: the same bits each run.
+  __shared__ double losses[THREADS], totals[THREADS];
+  losses[threadIdx.x] = loss, totals[threadIdx.x] = total;
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      losses[threadIdx.x] += losses[threadIdx.x + half];
+      totals[threadIdx.x] += totals[threadIdx.x + half];
+    }
+  }
+  if (threadIdx.x == 0) {
+    const int64_t block = blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x;
+    partials[2 * block] = losses[0], partials[2 * block + 1] = totals[0];
+  }
+}
+
+// One block adds up the partial sums of the other kernel's blocks.
+template <class Acc>
+__global__ void __launch_bounds__(THREADS) finish_kernel(Acc* loss, Acc* total, const double* __restrict__ partials, int64_t blocks) {
+  __shared__ double losses[THREADS], totals[THREADS];
+  double my_loss = 0, my_total = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += THREADS) my_loss += partials[2 * i], my_total += partials[2 * i + 1];
+  losses[threadIdx.x] = my_loss, totals[threadIdx.x] = my_total;
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      losses[threadIdx.x] += losses[threadIdx.x + half];
+      totals[threadIdx.x] += totals[threadIdx.x + half];
+    }
+  }
+  if (threadIdx.x == 0) {
+    *loss = totals[0] > 0 ? static_cast<Acc>(losses[0] / totals[0]) : Acc(0);
+    *total = static_cast<Acc>(totals[0]);
+  }
+}
+
+template <class T, class Acc, int64_t KIND, bool VECTOR>
+__global__ void __launch_bounds__(THREADS) loss_backward_kernel(
+    T* __restrict__ grad_pred, const Acc* __restrict__ grad, const Acc* __restrict__ total, const T* __restrict__ pred,
+    const Acc* __restrict__ target, Masks masks, Acc cond_weight, int64_t images, Layout p_at, Layout t_at) {
+  const int64_t groups = (p_at.pixels + 3) / 4, image = p_at.channels * p_at.pixels;
+  const Acc scale = *total > 0 ? *grad / *total : Acc(0);
+  for (int64_t b = blockIdx.y; b < images; b += gridDim.y) {
+    for (int64_t g = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x; g < groups;
+         g += gridDim.x * static_cast<int64_t>(THREADS)) {
+      const int64_t n = p_at.pixels - 4 * g < 4 ? p_at.pixels - 4 * g : 4;
+      Acc w[4];
+      for (int64_t c = 0; c < p_at.channels; ++c) {
+        masks.weights<VECTOR>(w, cond_weight, b, c, g, n);
+        Acc ps[4], ts[4];
+        const int64_t at = b * image + c * p_at.channel_stride;
+        load4<VECTOR>(ps, pred + at, channel(p_at), g, n);
+        load4<VECTOR>(ts, target + b * image + c * t_at.channel_stride, channel(t_at), g, n);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) ps[j] = scale * w[j] * distance_grad<KIND>(ps[j] - ts[j]);
+        store4<VECTOR>(grad_pred + at, ps, channel(p_at), g, n);
+      }
+    }
+  }
+}
+
+// What forward and backward share on the host: dense tensors that outlive the launch, pointers, layouts, the grid.
+struct LossArguments {
+  at::Tensor pred, target, target_mask, cond_mask;
+  Layout p_at, t_at;
+  int64_t images;
+  bool vector;
+  dim3 grid;
+
+  LossArguments(
+      const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask_,
+      const std::optional<at::Tensor>& cond_mask_)
+      : pred(dense(pred_)),
+        target(dense(target_.to(loss_dtype(pred_)))),
+        target_mask(target_mask_ ? mask_bytes_or_float(*target_mask_) : at::Tensor()),
+        cond_mask(cond_mask_ ? mask_bytes_or_float(*cond_mask_) : at::Tensor()),
+        p_at(layout_of(pred)),
+        t_at(layout_of(target)),
+        images(pred.dim() == 0 ? 1 : pred.size(0)) {
+    const auto fits = [](const at::Tensor& t) {  // of every dtype used here, four make 4 * element_size bytes
+      return !t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
+    };
+    vector = p_at.pixels % 4 == 0 && p_at.contiguous() && t_at.contiguous() && fits(pred) && fits(target) &&
+        fits(target_mask) && fits(cond_mask);
+    if (pred.numel() > 0) grid = grid_for(images, (p_at.pixels + 3) / 4);
+  }
+
+  Masks masks() const { return {mask(target_mask), mask(cond_mask)}; }
+
+ private:
+  Mask mask(const at::Tensor& m) const {
+    if (!m.defined()) return {nullptr, false, 0, p_at.pixels};
+    return {m.const_data_ptr(), m.scalar_type() == at::kByte, m.size(1), p_at.pixels};
+  }
+};
+
+// Calls f<KIND, VECTOR>() for the values known only at run time.
+template <class F>
+void with_kind(int64_t kind, bool vector, const F& f) {
+  const auto with_vector = [&](auto k) {
+    vector ? f(k, std::true_type{}) : f(k, std::false_type{});
+  };
+  if (kind == L2) with_vector(std::integral_constant<int64_t, L2>{});
+  if (kind == L1) with_vector(std::integral_constant<int64_t, L1>{});
+  if (kind == HUBER) with_vector(std::integral_constant<int64_t, HUBER>{});
+}
+
+std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
+    const at::Tensor& pred, const at::Tensor& target, const std::optional<at::Tensor>& target_mask,
+    const std::optional<at::Tensor>& cond_mask, double cond_weight, int64_t kind) {
+  check_masked_loss(pred, target, target_mask, cond_mask, kind);
+  const c10::cuda::CUDAGuard guard(pred.device());
+  const auto options = pred.options().dtype(loss_dtype(pred));
+  if (pred.numel() == 0) return {at::zeros({}, options), at::zeros({}, options)};
+  const LossArguments a(pred, target, target_mask, cond_mask);
+  const at::Tensor loss = at::empty({}, options), total = at::empty({}, options);
+  const int64_t blocks = static_cast<int64_t>(a.grid.x) * a.grid.y;
+  const at::Tensor partials = at::empty({2 * blocks}, pred.options().dtype(at::kDouble));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
+    using T = scalar_t;
+    using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    with_kind(kind, a.vector, [&](auto k, auto v) {
+      loss_kernel<T, Acc, decltype(k)::value, decltype(v)::value><<<a.grid, THREADS, 0, stream>>>(
+          partials.mutable_data_ptr<double>(), a.pred.const_data_ptr<T>(), a.target.const_data_ptr<Acc>(), a.masks(),
+          static_cast<Acc>(cond_weight), a.images, a.p_at, a.t_at);
+    });
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    finish_kernel<Acc><<<1, THREADS, 0, stream>>>(
+        loss.mutable_data_ptr<Acc>(), total.mutable_data_ptr<Acc>(), partials.const_data_ptr<double>(), blocks);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return {loss, total};
+}
+
+at::Tensor masked_loss_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& pred, const at::Tensor& target, const std::optional<at::Tensor>& target_mask,
+    const std::optional<at::Tensor>& cond_mask, const at::Tensor& total, double cond_weight, int64_t kind) {
+  check_masked_loss(pred, target, target_mask, cond_mask, kind);
+  const c10::cuda::CUDAGuard guard(pred.device());
+  const LossArguments a(pred, target, target_mask, cond_mask);
+  const at::Tensor grad_pred = at::empty_like(a.pred);
+  if (pred.numel() == 0) return grad_pred;
+  const at::Tensor scale = grad.to(loss_dtype(pred));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss_backward", [&] {
+    using T = scalar_t;
+    using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    with_kind(kind, a.vector, [&](auto k, auto v) {
+      loss_backward_kernel<T, Acc, decltype(k)::value, decltype(v)::value><<<a.grid, THREADS, 0, stream>>>(
+          grad_pred.mutable_data_ptr<T>(), scale.const_data_ptr<Acc>(), total.const_data_ptr<Acc>(),
+          a.pred.const_data_ptr<T>(), a.target.const_data_ptr<Acc>(), a.masks(), static_cast<Acc>(cond_weight), a.images,
+          a.p_at, a.t_at);
+    });
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return grad_pred;
+}
+
+TORCH_LIBRARY_IMPL(fused_ddpm, CUDA, m) {
+  m.impl("posterior_step", posterior_step_cuda);
+  m.impl("masked_loss", masked_loss_cuda);
+  m.impl("masked_loss_backward", masked_loss_backward_cuda);
+}
+
+}  // namespace fused_ddpm

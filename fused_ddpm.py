@@ -1,0 +1,206 @@
+"""The two fused operations around a diffusion network, each directly below its PyTorch reference.
+
+    posterior_step   one reverse step, DDPM or DDIM, for noise-, v- or image-prediction, noise and guidance included
+    masked_loss      a loss weighted by pixel masks, with its gradient
+
+Both run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the reference here, and give
+the same numbers up to rounding. `status()` tells which and why; FUSED_DDPM=0 in the environment forces the reference.
+"""
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import torch
+
+
+def _load_extension():
+    """(device types the extension serves, why not more)."""
+    if os.environ.get("FUSED_DDPM") == "0":
+        return (), "FUSED_DDPM=0 is set"
+    here = Path(__file__).resolve().parent
+    record_file = here / "_fused_ddpm_build.json"
+    library = here / f"_fused_ddpm{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not record_file.exists():
+        return (), "not built; to build it: pip install -e ."
+    record = json.loads(record_file.read_text())
+    if not record["backends"]:
+        return (), f"{record['reason']}; after mending that: pip install -e ."
+    if record["torch"] != torch.__version__:
+        return (), f"built for torch {record['torch']}, this is {torch.__version__}; to rebuild: pip install -e ."
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return (), f"cannot be loaded ({error}); to rebuild: pip install -e ."
+    return tuple(record["backends"]), record["reason"]
+
+
+BACKENDS, REASON = _load_extension()
+
+
+def status():
+    """One line: which backend runs, and why."""
+    if not BACKENDS:
+        return f"PyTorch reference (extension: {REASON})"
+    return f"fused kernels for {' and '.join(BACKENDS)}" + (f" (no CUDA kernels: {REASON})" if "cuda" not in BACKENDS else "")
+
+
+def fused(device):
+    """The one rule that picks the path: the extension where it was built for this kind of device."""
+    return torch.device(device).type in BACKENDS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise: Philox4x32-10 (Salmon et al. 2011), a keyed bijection on 128-bit counters. No state: the noise of an element is a
+# function of (seed of its image, element, step, stream), so an image does not depend on the batch around it.
+
+STEP_NOISE, START_NOISE, MASK_KEYS = 0, 1, 2  # streams, so that no two uses ever share a counter
+
+
+def random_words(seeds, n, step, stream):
+    """Uniform words, (B, n) int64 in [0, 2^32), from seeds (B,) int64; step and stream are 32-bit ints or 0-dim tensors."""
+    low = 0xFFFFFFFF
+    group = torch.arange((n + 3) // 4, device=seeds.device)
+    c0, c1 = (group & low).expand(len(seeds), -1), (group >> 32).expand(len(seeds), -1)
+    c2, c3 = torch.zeros_like(c0) + step, torch.zeros_like(c0) + stream
+    k0, k1 = (seeds & low)[:, None], ((seeds >> 32) & low)[:, None]
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around, which leaves all 64 bits right
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :n]  # (B, groups, 4) -> (B, n)
+
+
+def normal_reference(seeds, n, step, stream, dtype=torch.float32):
+    """Standard normals (B, n) from seeds (B,): Box & Muller (1958) on pairs of random_words."""
+    words = random_words(seeds, (n + 3) // 4 * 4, step, stream).view(len(seeds), -1, 2)
+    radius, angle = words.unbind(-1)
+    u = radius.to(dtype) * 2**-32 + 2**-33  # in (0, 1]: the logarithm is finite
+    signed = angle - ((angle >> 31) << 32)  # the word as int32
+    theta = signed.to(dtype) * (2**-31 * torch.pi)
+    r = (-2 * u.log()).sqrt()
+    return torch.stack([r * theta.cos(), r * theta.sin()], dim=-1).flatten(1)[:, :n]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One reverse step.
+
+
+def posterior_step_reference(x_t, out, coefficients, step, seeds, out_uncond=None, guidance_scale=1.0, stream=STEP_NOISE, clip=True):
+    """posterior_step in PyTorch; x_t may also be float64 here, then so is all arithmetic."""
+    k_x, k_o, a, b, s = coefficients[step].to(x_t.dtype).reshape(5).unbind()
+    out = out.to(x_t.dtype)
+    if out_uncond is not None:
+        uncond = out_uncond.to(x_t.dtype)
+        out = uncond + guidance_scale * (out - uncond)
+    x0_hat = k_x * x_t + k_o * out
+    if clip:
+        x0_hat = x0_hat.clamp(-1, 1)
+    z = normal_reference(seeds, x_t[:1].numel(), step, stream, x_t.dtype).view(x_t.shape)
+    return a * x0_hat + b * x_t + s * z
+
+
+def posterior_step(x_t, out, coefficients, step, seeds, out_uncond=None, guidance_scale=1.0, stream=STEP_NOISE, clip=True):
+    """x_{t-1} (or any earlier x_s) from x_t and the network's output, in one pass over memory:
+
+        x0_hat = clamp(k_x x_t + k_o out, -1, 1)        out = out_uncond + guidance_scale (out - out_uncond), if given
+        x_prev = a x0_hat + b x_t + s z                  z ~ N(0, I)
+
+    That is Ho et al. 2020, Eq. 7, and Song et al. 2021 (DDIM), Eq. 12, for either kind of prediction; which one is in the
+    five coefficients. Guidance: Ho & Salimans 2022, with w = 0 unconditional and w = 1 conditional.
+
+    x_t: float32 (B, ...), contiguous or channels_last. out, out_uncond: the same shape, float32, bfloat16 or float16.
+    coefficients: float32 (steps, 5), rows (k_x, k_o, a, b, s). step: the row, an int or an int64 tensor of one element on
+    x_t's device, which lets a CUDA graph replay the call for every step. seeds: int64 (B,), one an image.
+    Returns float32 like x_t. Raises ValueError, TypeError or IndexError for arguments that do not fit.
+    """
+    if not fused(x_t.device):
+        return posterior_step_reference(x_t, out, coefficients, step, seeds, out_uncond, guidance_scale, stream, clip)
+    if not isinstance(step, torch.Tensor):
+        if not 0 <= step < len(coefficients):
+            raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
+        step = torch.full((), step, dtype=torch.int64, device=x_t.device)
+    return torch.ops.fused_ddpm.posterior_step(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip)
+
+
+def seeded_normal(seeds, shape):
+    """The start of a reverse process: standard normals, float32 (B, *shape), a function of seeds (B,) int64 alone."""
+    zeros = torch.zeros(len(seeds), *shape, device=seeds.device)
+    only_noise = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]], device=seeds.device)
+    return posterior_step(zeros, zeros, only_noise, 0, seeds, stream=START_NOISE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The masked loss.
+
+LOSS_KINDS = {"l2": 0, "l1": 1, "huber": 2}  # huber: smooth l1 with beta = 1
+
+
+def masked_loss_reference(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05, kind="l2"):
+    """masked_loss in PyTorch."""
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    diff = pred.to(dtype) - target.to(dtype)
+    size = diff.abs()
+    d = {"l2": diff**2, "l1": size, "huber": torch.where(size < 1, 0.5 * diff**2, size - 0.5)}[kind]
+    w = torch.ones_like(d) if target_mask is None else target_mask.to(dtype)
+    if cond_mask is not None:
+        w = (w + cond_weight * cond_mask.to(dtype))
+    w = w.clamp(max=1).expand_as(d)
+    total = w.sum()
+    return (w * d).sum() / torch.where(total > 0, total, 1)
+
+
+def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05, kind="l2"):
+    """sum(w d(pred, target)) / sum(w), with w = min(target_mask + cond_weight cond_mask, 1) broadcast over channels.
+
+    The denominator is the total weight, not the number of pixels: the loss is a mean over what the masks select. Masks
+    that select nothing give 0 with gradient 0. Without masks it is the plain mean.
+
+    pred: (B, C, H, W), or any shape without masks; float32, float64, bfloat16 or float16. target: the same shape.
+    target_mask, cond_mask: (B, 1, H, W) or (B, C, H, W), bool, uint8 or float in [0, 1]. kind: l2, l1 or huber (beta = 1).
+    Returns a scalar, float64 for float64 and else float32. Summed in a fixed order: the same bits each run.
+    Raises ValueError or TypeError for arguments that do not fit.
+    """
+    if kind not in LOSS_KINDS:
+        raise ValueError(f"masked_loss: kind must be one of {', '.join(LOSS_KINDS)}, got {kind!r}")
+    if not fused(pred.device):
+        return masked_loss_reference(pred, target, target_mask, cond_mask, cond_weight, kind)
+    loss, _ = torch.ops.fused_ddpm.masked_loss(pred, target, target_mask, cond_mask, cond_weight, LOSS_KINDS[kind])
+    return loss
+
+
+def _register():
+    """What torch.compile and autograd need to know of the extension's operators."""
+
+    @torch.library.register_fake("fused_ddpm::posterior_step")
+    def _(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip):
+        return torch.empty_like(x_t)
+
+    @torch.library.register_fake("fused_ddpm::masked_loss")
+    def _(pred, target, target_mask, cond_mask, cond_weight, kind):
+        scalar = pred.new_empty((), dtype=torch.float64 if pred.dtype == torch.float64 else torch.float32)
+        return scalar, torch.empty_like(scalar)
+
+    @torch.library.register_fake("fused_ddpm::masked_loss_backward")
+    def _(grad, pred, target, target_mask, cond_mask, total, cond_weight, kind):
+        return torch.empty_like(pred)
+
+    def setup_context(ctx, inputs, output):
+        pred, target, target_mask, cond_mask, ctx.cond_weight, ctx.kind = inputs
+        ctx.save_for_backward(pred, target, target_mask, cond_mask, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx, grad, _):
+        pred, target, target_mask, cond_mask, total = ctx.saved_tensors
+        grad_pred = torch.ops.fused_ddpm.masked_loss_backward(
+            grad, pred, target, target_mask, cond_mask, total, ctx.cond_weight, ctx.kind
+        )
+        grad_target = -grad_pred.to(target.dtype) if ctx.needs_input_grad[1] else None
+        return grad_pred, grad_target, None, None, None, None
+
+    torch.library.register_autograd("fused_ddpm::masked_loss", backward, setup_context=setup_context)
+
+
+if BACKENDS:
+    _register()

@@ -1,0 +1,106 @@
+"""Builds the extension in csrc/ against the torch that will run it. Everything else is in pyproject.toml.
+
+A failure to build is not a failure to install: the scripts then run in plain PyTorch, and the reason, which pip hides,
+is recorded for `fused_ddpm.status()`. FUSED_DDPM_BUILD=1 in the environment makes it an error.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+REQUIRED = os.environ.get("FUSED_DDPM_BUILD") == "1"
+LINUX = sys.platform.startswith("linux")
+CXX_FLAGS = (
+    ["/O2", "/openmp"]
+    if os.name == "nt"
+    # Neither flag changes a result: they let sqrtf and rintf become instructions in vector loops.
+    else ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp" if LINUX else "-fopenmp-simd"]
+)
+
+try:
+    import torch
+except ImportError:
+    # pip builds in an environment of its own. The torch of the environment it installs into is still within reach, and
+    # building against any other would give a file that cannot be loaded there.
+    sys.path += [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    try:
+        import torch
+    except ImportError:
+        torch = None  # none there: ask pip for one, by setup_requires below
+
+
+def find_cuda():
+    """(CUDA_HOME, '') if nvcc can build for this torch, else ('', the reason)."""
+    if not torch.version.cuda:
+        return "", "torch is a CPU build"
+    major = torch.version.cuda.split(".")[0]
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
+    homes += ["/usr/local/cuda", f"/usr/local/cuda-{torch.version.cuda}", "/opt/cuda"]
+    found = ""
+    for home in filter(None, homes):  # nvcc on PATH may be a wrapper script far from the headers
+        compiler = Path(home, "bin", "nvcc.exe" if os.name == "nt" else "nvcc")
+        if not compiler.exists() or not Path(home, "include", "cuda_runtime.h").exists():
+            continue
+        version = re.search(r"release ([\d.]+)", subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout)
+        if version and version[1].split(".")[0] == major:
+            return str(home), ""
+        found = f"nvcc in {home} is of CUDA {version[1] if version else '?'}, torch needs {major}.x"
+    return "", found or f"no CUDA {major} toolkit found (nvcc and cuda_runtime.h; set CUDA_HOME)"
+
+
+def extensions(cuda_home):
+    """[(extension, its backends)], the one to try first in front. All have one name: they are the same module."""
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    sources, links = ["csrc/ops.cpp", "csrc/ops_cpu.cpp"], ["-fopenmp"] if LINUX else []
+    cpu = CppExtension("_fused_ddpm", sources, extra_compile_args={"cxx": CXX_FLAGS}, extra_link_args=links)
+    if not cuda_home:
+        return [(cpu, ["cpu"])]
+    flags = {"cxx": CXX_FLAGS, "nvcc": ["-O3"]}
+    cuda = CUDAExtension("_fused_ddpm", [*sources, "csrc/ops_cuda.cu"], extra_compile_args=flags, extra_link_args=links)
+    return [(cuda, ["cpu", "cuda"]), (cpu, ["cpu"])]
+
+
+def build_command(choices, no_cuda):
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def run(self):
+            built, reason = [], no_cuda
+            for extension, backends in choices:
+                self.extensions = [extension]
+                try:
+                    super().run()
+                    built = backends
+                    break
+                except (Exception, SystemExit) as error:  # torch raises RuntimeError, setuptools errors of its own
+                    if REQUIRED:
+                        raise
+                    reason = f"building for {' and '.join(backends)} failed: {str(error).strip().splitlines()[0]}"
+                    print(f"fused_ddpm: {reason}", file=sys.stderr)
+                    self.extensions = []
+            path = Path(self.get_ext_fullpath("_fused_ddpm")).with_name("_fused_ddpm_build.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"torch": torch.__version__, "backends": built, "reason": reason}))
+
+    return Build
+
+
+if torch is None:
+    setup(setup_requires=["torch>=2.4"])
+else:
+    cuda_home, no_cuda = find_cuda()
+    if cuda_home:
+        os.environ["CUDA_HOME"] = cuda_home  # torch.utils.cpp_extension reads it when imported
+        if not torch.cuda.is_available():  # no GPU to ask for its architecture: Ampere, Hopper, and PTX for later ones
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    choices = extensions(cuda_home)
+    setup(ext_modules=[extension for extension, _ in choices], cmdclass={"build_ext": build_command(choices, no_cuda)})
