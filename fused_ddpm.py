@@ -58,24 +58,29 @@ def fused(device):
 STEP_NOISE, START_NOISE, MASK_KEYS = 0, 1, 2  # streams, so that no two uses ever share a counter
 
 
-def random_words(seeds, n, step, stream):
-    """Uniform words, (B, n) int64 in [0, 2^32), from seeds (B,) int64; step and stream are 32-bit ints or 0-dim tensors."""
-    low = 0xFFFFFFFF
-    group = torch.arange((n + 3) // 4, device=seeds.device)
-    c0, c1 = (group & low).expand(len(seeds), -1), (group >> 32).expand(len(seeds), -1)
-    c2, c3 = torch.zeros_like(c0) + step, torch.zeros_like(c0) + stream
-    k0, k1 = (seeds & low)[:, None], ((seeds >> 32) & low)[:, None]
+def philox(counter, key):
+    """Four words, int64 in [0, 2^32), from four counter words and two key words of the same kind (any shapes that broadcast)."""
+    low, (c0, c1, c2, c3), (k0, k1) = 0xFFFFFFFF, counter, key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around, which leaves all 64 bits right
         c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
-    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :n]  # (B, groups, 4) -> (B, n)
+    return c0, c1, c2, c3
+
+
+def random_words(seeds, n, step, stream):
+    """Uniform words, (B, n) int64 in [0, 2^32), from seeds (B,) int64; step and stream are 32-bit ints or 0-dim tensors."""
+    low = 0xFFFFFFFF
+    group = torch.arange((n + 3) // 4, device=seeds.device)
+    counter = group & low, group >> 32, torch.zeros_like(group) + step, torch.zeros_like(group) + stream
+    key = (seeds & low)[:, None], ((seeds >> 32) & low)[:, None]
+    return torch.stack(philox(counter, key), dim=-1).flatten(1)[:, :n]  # (B, groups, 4) -> (B, n)
 
 
 def normal_reference(seeds, n, step, stream, dtype=torch.float32):
     """Standard normals (B, n) from seeds (B,): Box & Muller (1958) on pairs of random_words."""
-    words = random_words(seeds, (n + 3) // 4 * 4, step, stream).view(len(seeds), -1, 2)
-    radius, angle = words.unbind(-1)
+    words = random_words(seeds, (n + 3) // 4 * 4, step, stream)
+    radius, angle = words[:, ::2], words[:, 1::2]
     u = radius.to(dtype) * 2**-32 + 2**-33  # in (0, 1]: the logarithm is finite
     signed = angle - ((angle >> 31) << 32)  # the word as int32
     theta = signed.to(dtype) * (2**-31 * torch.pi)

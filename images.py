@@ -1,0 +1,207 @@
+"""Image data sets by name or folder, each as one uint8 tensor.
+
+    images, labels = load_images("fashion_mnist", train=True)    # (60000, 1, 32, 32) uint8, (60000,) int64
+
+A data set of this size fits in memory many times over, so there is no loader: move the tensor to the device once, index it
+for a batch, and scale there. Names: cifar10, fashion_mnist, mnist (torchvision's, downloaded at first use), shapes (drawn
+here, needs no file), or the path of a folder of images.
+"""
+
+import gzip
+import math
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from tqdm import tqdm
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+TORCHVISION = {
+    "cifar10": torchvision.datasets.CIFAR10,
+    "fashion_mnist": torchvision.datasets.FashionMNIST,
+    "mnist": torchvision.datasets.MNIST,
+}
+SHAPES = ["circle", "ring", "triangle", "square", "hexagon", "star", "cross", "crescent", "bar", "half disc"]
+SHAPES_COUNT = {True: 30_000, False: 3_000}
+HELD_OUT = 10  # of a folder, the last tenth of each class is the test part
+
+
+class DataError(Exception):
+    """Data that is not there or cannot be read; the message says which and what to do."""
+
+
+def load_images(name, data_dir="data", image_size=32, train=True):
+    """A data set as (images, labels): uint8 (N, C, image_size, image_size) and int64 (N,), the latter -1 without classes.
+
+    C is 1 for greyscale data, else 3. 28x28 images are padded to 32x32 with black; any other difference in size is mended
+    by cropping to the central square and resizing. `train` picks the part; of a folder, the last tenth of each class, by
+    file name, is the test part. Raises DataError.
+    """
+    if image_size < 4:
+        raise DataError(f"--image-size {image_size}: must be at least 4")
+    if name == "shapes":
+        return draw_shapes(SHAPES_COUNT[train], image_size, seed=0 if train else 1)
+    if name in TORCHVISION:
+        images, labels = load_named(name, data_dir, train)
+        return resize(images, image_size), labels
+    if Path(name).is_dir():
+        return load_folder(Path(name), image_size, train)
+    names = ", ".join([*TORCHVISION, "shapes"])
+    raise DataError(f"--data {name}: neither a data set ({names}) nor a folder of images")
+
+
+def choose_data(name, full, data_dir="data"):
+    """The data set that `auto` stands for: cifar10 (full) or fashion_mnist, or shapes where that cannot be had."""
+    if name != "auto":
+        return name
+    wanted = "cifar10" if full else "fashion_mnist"
+    try:
+        load_named(wanted, data_dir, train=True)
+        return wanted
+    except DataError as error:
+        print(f"data: shapes, drawn here, instead of {wanted} ({error})")
+        return "shapes"
+
+
+def load_named(name, data_dir, train):
+    """One of torchvision's data sets in its own size, from disk or else downloaded into data_dir."""
+    if name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
+        part = DEBIAN_FASHION_MNIST / ("train" if train else "t10k")
+        images = np.frombuffer(gzip.open(f"{part}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)  # after the idx header
+        labels = np.frombuffer(gzip.open(f"{part}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+        return torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # offline behind a firewall, a connection attempt would otherwise hang for minutes
+    try:
+        data = TORCHVISION[name](data_dir, train=train, download=True)
+    except Exception as error:  # URLError, RuntimeError, OSError: torchvision raises whatever its attempt met
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name} is not in {data_dir} and cannot be downloaded: {reason}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    images = torch.as_tensor(data.data)
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)  # (N, H, W) or (N, H, W, 3)
+    return images.contiguous(), torch.as_tensor(data.targets).long()
+
+
+def resize(images, size):
+    """uint8 (N, C, H, W) to (N, C, size, size); 28x28 is padded to 32x32 before anything else."""
+    if images.shape[-1] == 28 and size != 28:
+        images = F.pad(images, (2, 2, 2, 2))
+    if images.shape[-1] == size:
+        return images
+    parts = [F.interpolate(p.float(), size=(size, size), mode="bilinear", antialias=True) for p in images.split(4096)]
+    return torch.cat([p.round().clamp(0, 255).byte() for p in parts])
+
+
+def load_folder(folder, image_size, train):
+    """A folder with one sub-folder for each class, or with images directly in it; greyscale if every image is."""
+    endings = set(Image.registered_extensions())
+    classes = sorted(p for p in folder.iterdir() if p.is_dir())
+    groups = [sorted(p for p in c.rglob("*") if p.suffix.lower() in endings) for c in classes]
+    direct = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in endings)
+    if direct and any(groups):
+        raise DataError(f"--data {folder}: holds images both directly and in sub-folders; keep one of the two")
+    labelled = [(path, -1) for path in direct]
+    if not direct:
+        labelled = [(path, label) for label, group in enumerate(filter(None, groups)) for path in group]
+    if len(labelled) < 2:
+        raise DataError(f"--data {folder}: {len(labelled) or 'no'} images in it or its sub-folders; at least 2 are needed")
+    test = []
+    for label in dict.fromkeys(label for _, label in labelled):
+        group = [item for item in labelled if item[1] == label]
+        test += group[len(group) - len(group) // HELD_OUT :] if len(group) >= HELD_OUT else []
+    test = test or labelled[-1:]
+    held_out = set(test)
+    chosen = [item for item in labelled if item not in held_out] if train else test
+
+    def read(item):
+        try:
+            with Image.open(item[0]) as image:
+                grey = image.mode in ("1", "L", "I;16")
+                image = image.convert("L" if grey else "RGB")
+        except Exception as error:  # PIL raises many kinds for a broken file
+            raise DataError(f"{item[0]}: cannot be read as an image ({error}); remove or replace it") from error
+        w, h = image.size
+        side = min(w, h)
+        box = ((w - side) // 2, (h - side) // 2, (w - side) // 2 + side, (h - side) // 2 + side)
+        if (w, h) != (image_size, image_size):
+            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+        array = torch.from_numpy(np.array(image))
+        return array[None] if grey else array.permute(2, 0, 1)
+
+    with ThreadPoolExecutor(8) as pool:
+        images = list(tqdm(pool.map(read, chosen), total=len(chosen), desc="reading images", disable=len(chosen) < 2000))
+    channels = max(len(image) for image in images)
+    labels = torch.tensor([label for _, label in chosen])
+    return torch.stack([image.expand(channels, -1, -1) for image in images]), labels
+
+
+def draw_shapes(count, image_size, seed):
+    """`count` coloured shapes of ten classes as (images, labels): antialiased from signed distances, the same for a seed.
+
+    Place, size, turn and colours are random; the distance of a pixel to the outline, in pixels, gives its coverage.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=g)
+
+    labels = torch.randint(len(SHAPES), (count,), generator=g)
+    size, turn, centre = uniform(0.35, 0.7, 1, 1), uniform(0, 2 * math.pi, 1, 1), uniform(-0.25, 0.25, 2, 1, 1)
+    colour = uniform(0, 1, 2, 3)  # background, shape
+    # Move the shape's brightness at least 0.4 away from the background's, so that there is something to see.
+    colour[:, 1] = torch.where((colour[:, 0].mean(1) < 0.5)[:, None], 0.6 + 0.4 * colour[:, 1], 0.4 * colour[:, 1])
+    axis = (torch.arange(image_size) + 0.5) * 2 / image_size - 1
+    images = torch.empty(count, 3, image_size, image_size, dtype=torch.uint8)
+    for i in range(0, count, 2048):
+        part = slice(i, min(i + 2048, count))
+        y, x = axis[:, None] - centre[part, 0], axis[None, :] - centre[part, 1]  # (B, H, W)
+        cos, sin = turn[part].cos(), turn[part].sin()
+        x, y = (cos * x + sin * y) / size[part], (cos * y - sin * x) / size[part]
+        distance = torch.empty_like(x)
+        for label in range(len(SHAPES)):
+            chosen = labels[part] == label
+            distance[chosen] = shape_distance(SHAPES[label], x[chosen], y[chosen])
+        coverage = (0.5 - distance * size[part] * image_size / 2).clamp(0, 1)[:, None]  # (B, 1, H, W)
+        background, shape = colour[part, 0, :, None, None], colour[part, 1, :, None, None]
+        images[part] = (255 * (background + coverage * (shape - background))).round().byte()
+    return images, labels
+
+
+def shape_distance(name, x, y):
+    """Signed distance, negative inside, of points (x, y) to a shape of radius about 1."""
+    r = torch.hypot(x, y)
+
+    def polygon(n):  # fold the plane onto one edge
+        half = math.pi / n
+        angle = (torch.atan2(y, x) + half).remainder(2 * half) - half
+        return r * angle.cos() - math.cos(half)
+
+    def box(w, h):
+        return torch.maximum(x.abs() - w, y.abs() - h)
+
+    if name == "circle":
+        return r - 0.9
+    if name == "ring":
+        return (r - 0.75).abs() - 0.2
+    if name in ("triangle", "square", "hexagon"):
+        return polygon({"triangle": 3, "square": 4, "hexagon": 6}[name])
+    if name == "star":  # fold onto half an arm: the line from its tip (1, 0) to the notch between two arms
+        fifth = math.pi / 5
+        angle = ((torch.atan2(y, x) + fifth).remainder(2 * fifth) - fifth).abs()
+        notch_x, notch_y = 0.45 * math.cos(fifth), 0.45 * math.sin(fifth)
+        normal_x, normal_y = notch_y, 1 - notch_x
+        return ((r * angle.cos() - 1) * normal_x + r * angle.sin() * normal_y) / math.hypot(normal_x, normal_y)
+    if name == "cross":
+        return torch.minimum(box(0.95, 0.32), box(0.32, 0.95))
+    if name == "crescent":
+        return torch.maximum(r - 0.9, 0.75 - torch.hypot(x - 0.45, y))
+    if name == "bar":
+        return torch.hypot(x - x.clamp(-0.7, 0.7), y) - 0.28
+    return torch.maximum(r - 0.9, y)  # half disc

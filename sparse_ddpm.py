@@ -1,0 +1,812 @@
+"""Sparse diffusion: see 20% of the pixels of an image, learn from another 20%, return all of them.
+
+A DDPM (Ho et al. 2020) whose network also sees a sparse image. Two disjoint pixel masks are drawn for each training
+image, m_c (conditioning) and m_t (target), shared by all channels. With x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise,
+a_t = alphas_cumprod[t], the network f takes [x_t, m_c x_0, m_c] and is scored on the target pixels, with a small weight
+on the observed ones:
+
+    loss = sum w (f(x_t, m_c x_0, m_c, t) - goal)^2 / sum w,    w = min(m_t + 0.05 m_c, 1)
+
+The context/query partition is that of arXiv 2509.20098; learning from masked images is studied in Ambient Diffusion (Daras
+et al. 2023, arXiv 2305.19256). Sampling runs the reverse process with the observed pixels as input at every step; K runs
+from different noise are K draws from the posterior: their mean is the best guess, their spread says where it is one.
+
+    python sparse_ddpm.py --sparsity 0.2                        # train, reconstruct test images, draw pictures
+    python sparse_ddpm.py --data path/to/photos --preset full   # your own images, on a GPU
+    python sparse_ddpm.py --sample out/sparse_ddpm/last.pt --num-draws 16 --out-dir out/more
+
+MEASURED
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import fused_ddpm
+from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, seeded_normal
+from images import DataError, choose_data, load_images
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SCRIPT = Path(__file__).stem
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config. Flags given on the command line win over the preset, the preset over the defaults.
+
+DEFAULTS = dict(
+    data="auto", data_dir="data", sparsity=0.2, target_sparsity=None, cond_weight=0.05, mask_mode="random_epoch",
+    mask_pattern="random", num_timesteps=1000, loss="l2", steps=None, epochs=None, grad_clip=1.0, eta=0.0,
+    enforce_observed=True, preset="auto", seed=0, device="auto", amp="auto", compile=False, out_dir=f"out/{SCRIPT}",
+    save_every=500, sample_every=None, resume=False, overwrite=False, sample=None,
+)  # fmt: skip
+PRESETS = {
+    "small": dict(  # two CPU cores, minutes: the network does most of its work on 16x16 and 8x8 maps
+        image_size=32, flip=False, dim=16, dim_mults=[1, 4, 8], num_blocks=1, attn_resolutions=[8], dropout=0.0,
+        schedule="cosine", objective="x0", steps=1000, batch_size=64, lr=2e-3, lr_schedule="cosine", ema_decay=0.995,
+        sampler="ddim", sample_steps=25, num_samples=256, num_draws=8,
+    ),
+    "full": dict(  # one GPU, hours: 15M parameters
+        image_size=32, flip=True, dim=128, dim_mults=[1, 2, 2], num_blocks=2, attn_resolutions=[16, 8], dropout=0.1,
+        schedule="linear", objective="eps", epochs=50, batch_size=128, lr=2e-4, lr_schedule="constant", ema_decay=0.9999,
+        sampler="ddpm", sample_steps=1000, num_samples=512, num_draws=8,
+    ),
+}  # fmt: skip
+MODEL_FLAGS = {"image_size", "dim", "dim_mults", "num_blocks", "attn_resolutions", "num_timesteps", "schedule", "objective"}
+SAMPLING_FLAGS = {"sampler", "sample_steps", "eta", "num_samples", "num_draws", "enforce_observed"}
+RUN_FLAGS = {"data_dir", "preset", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
+
+
+class UserError(Exception):
+    """Something only the user can mend; shown as one line, without a traceback."""
+
+
+def number(kind, low, high, ends="[]"):
+    """An argparse type: a number within bounds, each included ([ ]) or not (( ))."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value or (low == value and ends[0] == "[")) or not (value < high or (value == high and ends[1] == "]")):
+            raise argparse.ArgumentTypeError(f"must lie in {ends[0]}{low}, {high}{ends[1]}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def build_parser():
+    count = number(int, 1, 2**31)
+    onoff = argparse.BooleanOptionalAction
+    p = argparse.ArgumentParser(prog=f"{SCRIPT}.py", description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    g = p.add_argument_group("data")
+    g.add_argument("--data", help="cifar10, fashion_mnist, mnist, shapes or a folder; auto follows the preset")
+    g.add_argument("--data-dir", help="where downloaded data sets are kept")
+    g.add_argument("--image-size", type=count, help="side in pixels")
+    g.add_argument("--flip", action=onoff, help="mirror half of the training images")
+    g = p.add_argument_group("sparsity")
+    g.add_argument("--sparsity", type=number(float, 0, 1, "()"), help="fraction of the pixels that the network sees")
+    g.add_argument("--target-sparsity", type=number(float, 0, 1, "()"), help="fraction the loss is taken on; the same if not given")
+    g.add_argument("--cond-weight", type=number(float, 0, 1), help="weight of the observed pixels in the loss")
+    g.add_argument("--mask-mode", choices=["random_epoch", "fixed", "random"],
+                   help="an image's masks are new in each epoch, the same for ever, or new each time it is drawn")  # fmt: skip
+    g.add_argument("--mask-pattern", choices=list(PATTERNS), help="how the pixels are scattered")
+    g = p.add_argument_group("model")
+    g.add_argument("--dim", type=count, help="channels at full resolution")
+    g.add_argument("--dim-mults", type=count, nargs="+", help="channels of each level, as multiples of dim")
+    g.add_argument("--num-blocks", type=count, help="residual blocks of each level, going down and going up")
+    g.add_argument("--attn-resolutions", type=count, nargs="*", help="sides of the feature maps that get attention")
+    g.add_argument("--dropout", type=number(float, 0, 1, "[)"), help="inside the residual blocks")
+    g = p.add_argument_group("diffusion")
+    g.add_argument("--num-timesteps", type=count, help="steps of the forward process")
+    g.add_argument("--schedule", choices=["linear", "cosine", "sigmoid"], help="of the noise variances beta")
+    g.add_argument("--objective", choices=["eps", "v", "x0"], help="what the network predicts: noise, velocity, image")
+    g.add_argument("--loss", choices=["l2", "l1", "huber"], help="distance to it")
+    g = p.add_argument_group("training")
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, help="optimizer steps")
+    length.add_argument("--epochs", type=count, help="the same in passes over the data")
+    g.add_argument("--batch-size", type=count, help="images a step, over all processes")
+    g.add_argument("--lr", type=number(float, 0, 1, "(]"), help="peak learning rate of Adam")
+    g.add_argument("--lr-schedule", choices=["constant", "cosine"], help="after the warm-up; cosine ends at 0")
+    g.add_argument("--grad-clip", type=number(float, 0, math.inf, "(]"), help="largest norm of the gradient")
+    g.add_argument("--ema-decay", type=number(float, 0, 1, "[)"), help="of the averaged weights, those sampled from")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--sampler", choices=["ddpm", "ddim"], help="ancestral sampling or DDIM")
+    g.add_argument("--sample-steps", type=count, help="network calls for an image, at most num-timesteps")
+    g.add_argument("--eta", type=number(float, 0, 1), help="noise of DDIM: 0 none, 1 as much as DDPM")
+    g.add_argument("--num-samples", type=count, help="test images to reconstruct")
+    g.add_argument("--num-draws", type=count, help="K, reconstructions of each")
+    g.add_argument("--enforce-observed", action=onoff, help="put the observed pixels back at the end")
+    g = p.add_argument_group("run")
+    g.add_argument("--preset", choices=["auto", *PRESETS], help="auto: full on a GPU, small on a CPU")
+    g.add_argument("--seed", type=number(int, 0, 2**31 - 1), help="of everything random")
+    g.add_argument("--device", help="cuda, cpu, ...; auto takes the GPU if there is one")
+    g.add_argument("--amp", choices=["auto", "on", "off"], help="bfloat16 autocast; auto: where the processor has it in hardware")
+    g.add_argument("--compile", action=onoff, help="torch.compile the network: a slow start, then faster steps")
+    g.add_argument("--out-dir", help="where everything is written")
+    g.add_argument("--save-every", type=count, help="steps between checkpoints")
+    g.add_argument("--sample-every", type=count, help="steps between pictures; a fifth of the run if not given")
+    g.add_argument("--resume", action=onoff, help="continue the run in out-dir")
+    g.add_argument("--overwrite", action=onoff, help="replace the run in out-dir")
+    g.add_argument("--sample", metavar="CHECKPOINT", help="train nothing, reconstruct with these weights")
+    for action in p._actions:
+        if action.dest in PRESETS["small"]:
+            action.help += f" (small {PRESETS['small'][action.dest]}, full {PRESETS['full'].get(action.dest)})"
+        elif DEFAULTS.get(action.dest) not in (None, False):
+            action.help += f" ({DEFAULTS[action.dest]})"
+    return p
+
+
+def get_config(argv):
+    """Command line -> (namespace, checkpoint or None). Flags that do not fit exit with status 2, files with UserError."""
+    parser = build_parser()
+    given = vars(parser.parse_args(argv))
+    run = DEFAULTS | given
+    device = run["device"] if run["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint, out_dir = None, Path(run["out_dir"])
+    if run["sample"] or run["resume"]:
+        checkpoint = load_checkpoint(run["sample"] or out_dir / "last.pt")
+        base = checkpoint["config"]
+        frozen = MODEL_FLAGS if run["sample"] else base.keys() - SAMPLING_FLAGS - RUN_FLAGS - {"steps", "epochs"}
+        for flag in sorted(frozen & given.keys()):
+            if given[flag] != base[flag]:
+                name = "--" + flag.replace("_", "-")
+                parser.error(f"{name} {given[flag]}: the checkpoint was made with {base[flag]}; leave {name} out or start anew")
+        base = base | dict.fromkeys(["sample", "resume", "overwrite"]) | {"device": "auto", "out_dir": DEFAULTS["out_dir"]}
+    else:
+        preset = run["preset"] if run["preset"] != "auto" else "full" if device.startswith("cuda") else "small"
+        base = DEFAULTS | PRESETS[preset] | {"preset": preset}
+        if not run["overwrite"] and (out_dir / "last.pt").exists():
+            parser.error(f"--out-dir {out_dir}: holds a run already; continue it with --resume, replace it with --overwrite")
+    if "steps" in given or "epochs" in given:
+        base = base | {"steps": None, "epochs": None}
+    args = argparse.Namespace(**(base | {k: v for k, v in given.items() if k != "preset"}))
+    args.device = device
+    args.target_sparsity = args.target_sparsity or args.sparsity
+    if args.sparsity + args.target_sparsity > 1:
+        parser.error(f"--sparsity {args.sparsity} and --target-sparsity {args.target_sparsity}: the masks are disjoint, "
+                     "so their sum must not exceed 1")  # fmt: skip
+    halvings = len(args.dim_mults) - 1
+    if args.image_size % 2**halvings:
+        parser.error(f"--image-size {args.image_size}: the U-Net halves it {halvings} times, so it must be a multiple of {2**halvings}")
+    if args.sample_steps > args.num_timesteps:
+        parser.error(f"--sample-steps {args.sample_steps}: at most --num-timesteps, {args.num_timesteps}")
+    return args, checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule. Timesteps are 0..T-1, and t = 0 is an image after one noising step.
+
+
+def make_schedule(name, num_timesteps):
+    """(betas, alphas_cumprod), each float64 (T,): q(x_t | x_0) = N(sqrt(alphas_cumprod[t]) x_0, 1 - alphas_cumprod[t]).
+
+    linear: Ho et al. 2020. cosine: Nichol & Dhariwal 2021, Eq. 17. sigmoid: beta along a sigmoid between linear's ends.
+    """
+    t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    scale = 1000 / num_timesteps  # the betas of linear and sigmoid are meant for T = 1000: keep their sum
+    if name == "linear":
+        betas = torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64)
+    elif name == "sigmoid":
+        ramp = torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=torch.float64))
+        betas = scale * (1e-4 + ramp * (0.02 - 1e-4))
+    else:
+        signal = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = 1 - signal[1:] / signal[:-1]
+    betas = betas.clamp(max=0.999)
+    return betas, torch.cumprod(1 - betas, dim=0)
+
+
+def sampling_table(alphas_cumprod, objective, sampler, sample_steps, eta=0.0):
+    """Timesteps (S,) int64, from T-1 down to 0, and for each the row (k_x, k_o, a, b, s) of posterior_step, float32 (S, 5).
+
+    A step may skip timesteps: it goes from t to any s < t, and the last one ends at the clean image, alphas_cumprod = 1.
+    """
+    timesteps = torch.linspace(len(alphas_cumprod) - 1, 0, sample_steps, dtype=torch.float64).round().long()
+    at = alphas_cumprod[timesteps]
+    a_s = torch.cat([at[1:], torch.ones(1, dtype=torch.float64)])  # of the timestep each step goes to
+    k_x, k_o = {  # x0_hat = k_x x_t + k_o out
+        "eps": (1 / at.sqrt(), -(1 / at - 1).sqrt()),
+        "v": (at.sqrt(), -(1 - at).sqrt()),  # Salimans & Ho 2022
+        "x0": (torch.zeros_like(at), torch.ones_like(at)),
+    }[objective]
+    alpha = at / a_s  # of the whole step; for s = t-1 it is 1 - beta_t
+    posterior_variance = (1 - a_s) / (1 - at) * (1 - alpha)
+    if sampler == "ddpm":  # Ho et al. 2020, Eq. 7
+        a = a_s.sqrt() * (1 - alpha) / (1 - at)  # posterior_mean_coef1, of x_start
+        b = alpha.sqrt() * (1 - a_s) / (1 - at)  # posterior_mean_coef2, of x_t
+        s = posterior_variance.sqrt()
+    else:  # Song et al. 2021, Eq. 12: sqrt(a_s) x0_hat + sqrt(1 - a_s - s^2) eps_hat, eps_hat from the clipped x0_hat
+        s = eta * posterior_variance.sqrt()
+        b = (1 - a_s - s**2).clamp(min=0).sqrt() / (1 - at).sqrt()
+        a = a_s.sqrt() - b * at.sqrt()
+    return timesteps, torch.stack([k_x, k_o, a, b, s], dim=1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# U-Net.
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def zero(layer):
+    """Start a residual branch at nothing, so that the network starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) -> (B, out): sines and cosines of 64 frequencies from 1 to 1/10000, then an MLP."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(64) / 64), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(128, out), nn.SiLU(), nn.Linear(out, out), nn.SiLU())
+
+    def forward(self, t):
+        angle = t[:, None].float() * self.frequencies
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels, channels, emb_dim, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(in_channels), nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.scale_shift = nn.Linear(emb_dim, 2 * channels)
+        self.norm2, self.dropout = group_norm(channels), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.skip = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = max(1, channels // 64)
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        h = F.scaled_dot_product_attention(*qkv.unbind(1))  # (B, heads, H*W, C/heads)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class Unet(nn.Module):
+    """x (B, in_channels, H, W), t (B,) -> (B, out_channels, H, W)."""
+
+    def __init__(self, in_channels, out_channels, image_size, dim, dim_mults, num_blocks, attn_resolutions, dropout):
+        super().__init__()
+        dims, emb_dim = [dim * m for m in dim_mults], 4 * max(dim, 64)
+        size = [image_size // 2**level for level in range(len(dims))]
+
+        def stage(level, in_channels):
+            blocks = []
+            for i in range(num_blocks):
+                blocks += [ResBlock(dims[level] if i else in_channels, dims[level], emb_dim, dropout)]
+                blocks += [Attention(dims[level])] if size[level] in attn_resolutions else []
+            return nn.ModuleList(blocks)
+
+        self.time = TimeEmbedding(emb_dim)
+        self.stem = nn.Conv2d(in_channels, dims[0], 3, padding=1)
+        self.down, self.downsample, self.up, self.upsample = (nn.ModuleList() for _ in range(4))
+        for level in range(len(dims) - 1):
+            self.down.append(stage(level, dims[level]))
+            self.downsample.append(nn.Conv2d(4 * dims[level], dims[level + 1], 1))  # after space-to-depth
+            self.upsample.append(nn.Conv2d(dims[level + 1], dims[level], 1))  # before nearest-neighbour
+            self.up.append(stage(level, 2 * dims[level]))
+        bottom = len(dims) - 1
+        attention = [] if size[bottom] in attn_resolutions else [Attention(dims[bottom])]  # the bottleneck always has some
+        self.mid = nn.ModuleList([*stage(bottom, dims[bottom]), *attention, *stage(bottom, dims[bottom])])
+        self.out = nn.Sequential(group_norm(dims[0]), nn.SiLU(), zero(nn.Conv2d(dims[0], out_channels, 3, padding=1)))
+
+    def forward(self, x, t):
+        emb = self.time(t)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for blocks, downsample in zip(self.down, self.downsample, strict=True):
+            for block in blocks:
+                x = block(x, emb)
+            skips.append(x)
+            x = downsample(F.pixel_unshuffle(x, 2))
+        for block in self.mid:
+            x = block(x, emb)
+        for blocks, upsample in zip(reversed(self.up), reversed(self.upsample), strict=True):
+            x = F.interpolate(upsample(x), scale_factor=2.0, mode="nearest")
+            x = torch.cat([x, skips.pop()], dim=1)
+            for block in blocks:
+                x = block(x, emb)
+        return self.out(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks. Pixels are ranked by a random score; the first are observed, the next are targets. So both counts are exact, the
+# two are disjoint, and a pattern is a way to score. Scores come from counter-based random words: a function of (seed, image,
+# epoch) and nothing else, so nothing is stored, and any process, batch or device makes the same masks.
+
+
+def score_random(words, size, n):
+    return words
+
+
+def score_block(words, size, n):
+    """Square blocks: every pixel of one has the score of its first."""
+    side = max(size // 8, 2)
+    row, column = torch.meshgrid(*[torch.arange(size, device=words.device) // side] * 2, indexing="ij")
+    return words[:, (row * side * size + column * side).flatten()]
+
+
+def score_grid(words, size, n):
+    """Every p-th pixel of a row, p = 1 / fraction, each row shifted against the last; the phase is random."""
+    period = max(round(size * size / n), 2)
+    row, column = torch.meshgrid(*[torch.arange(size, device=words.device)] * 2, indexing="ij")
+    phase = words[:, :1] % period
+    lattice = (column + row * round(0.382 * period)).flatten() + phase  # golden-section shift: no columns
+    return (lattice % period << 32) + words  # within a residue, pixels go at random
+
+
+def score_walk(words, size, n):
+    """Four random walks, reflected at the border: a pixel's score is the time of the first visit."""
+    B, walkers = len(words), 4
+    words = words.view(B, walkers, -1)
+    moves = ((words[..., None] >> torch.tensor([0, 2, 4, 6], device=words.device)) & 3).flatten(2)  # four to a word
+    start = words[:, :, None, :2] >> 8
+    step = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]], device=words.device)[moves]  # (B, walkers, time, 2)
+    place = (start + step.cumsum(2)) % (2 * size)
+    place = torch.minimum(place, 2 * size - 1 - place)
+    visited = (place[..., 0] * size + place[..., 1]).flatten(1)
+    time_of = torch.arange(moves.shape[2], device=words.device).expand_as(moves).flatten(1)
+    never = (1 << 32) + words.flatten(1)  # pixels without a visit come last, at random
+    return never.scatter_reduce(1, visited, time_of, "amin")
+
+
+PATTERNS = {"random": score_random, "block": score_block, "grid": score_grid, "walk": score_walk}
+
+
+def make_masks(index, epoch, args):
+    """Masks for images `index` (B,) int64: (cond_mask, target_mask), bool (B, 1, H, W), disjoint, exact in their counts."""
+    size, n = args.image_size, args.image_size**2
+    n_cond, n_target = round(args.sparsity * n), round(args.target_sparsity * n)
+    words = random_words((args.seed << 32) + index, n, epoch, MASK_KEYS)
+    score = PATTERNS[args.mask_pattern](words, size, n_cond)
+    order = (score * n + torch.arange(n, device=index.device)).argsort(dim=1)  # no ties: the same order everywhere
+    masks = torch.zeros(2, len(index), n, dtype=torch.bool, device=index.device)
+    masks[0].scatter_(1, order[:, :n_cond], True)
+    masks[1].scatter_(1, order[:, n_cond : n_cond + n_target], True)
+    return masks.view(2, -1, 1, size, size).unbind(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion.
+
+TEST_INDEX = 1 << 31  # held-out images have masks of their own
+
+
+def q_sample(x_start, t, noise, alphas_cumprod):
+    """x_t of the forward process, Ho et al. 2020, Eq. 4. x_start, noise: (B, C, H, W); t: (B,); alphas_cumprod: (T,)."""
+    a = alphas_cumprod[t].view(-1, 1, 1, 1)
+    return (a.sqrt() * x_start + (1 - a).sqrt() * noise).float()
+
+
+def predict(model, x_t, t, cond, cond_mask):
+    """The network on the noised image, the sparse image (0 where nothing is seen) and its mask: (B, 3C, H, W) in."""
+    return model(torch.cat([x_t, cond, cond_mask.expand_as(cond).to(cond.dtype)], dim=1), t)
+
+
+def training_loss(model, x_start, t, noise, cond_mask, target_mask, alphas_cumprod, args):
+    """The masked loss of a batch. x_start: (B, C, H, W) in [-1, 1]; masks: bool (B, 1, H, W)."""
+    x_t = q_sample(x_start, t, noise, alphas_cumprod)
+    a = alphas_cumprod[t].view(-1, 1, 1, 1)
+    goal = {"eps": noise, "x0": x_start, "v": (a.sqrt() * noise - (1 - a).sqrt() * x_start).float()}[args.objective]
+    out = predict(model, x_t, t, x_start * cond_mask, cond_mask)
+    return masked_loss(out, goal, target_mask, cond_mask, args.cond_weight, args.loss)
+
+
+@torch.no_grad()
+def sample(model, cond, cond_mask, seeds, args, progress=None):
+    """Reconstructions (B, C, H, W) in [-1, 1] of sparse images cond (B, C, H, W), zero outside cond_mask (B, 1, H, W).
+
+    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone.
+    """
+    _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
+    timesteps, coefficients = sampling_table(alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta)
+    coefficients = coefficients.to(cond.device)
+    x_t = seeded_normal(seeds, cond.shape[1:])
+    for step, t in enumerate(timesteps.tolist()):
+        out = predict(model, x_t, torch.full((len(cond),), t, device=cond.device), cond, cond_mask)
+        x_t = posterior_step(x_t, out, coefficients, step, seeds)
+        if progress is not None:
+            progress.update(len(cond))
+    return torch.where(cond_mask, cond, x_t) if args.enforce_observed else x_t
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def load_checkpoint(path):
+    """A checkpoint of this script as a dict of tensors and plain types, on the CPU; else UserError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such checkpoint") from error
+    except Exception as error:  # torch.load raises whatever the bytes made it stumble over
+        raise UserError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
+    if script != SCRIPT:
+        raise UserError(f"{path}: a checkpoint of {script}.py, not of {SCRIPT}.py")
+    return checkpoint
+
+
+def write(path, save):
+    """Write by save(temporary path), then move into place: whatever happens, path is the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def to_device(images, device):
+    """uint8 [0, 255] -> float32 [-1, 1] on the device."""
+    return images.to(device).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema <- decay ema + (1 - decay) model, with less memory while there is little to remember."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def held_out_loss(model, images, args, alphas_cumprod):
+    """The loss on fixed images (N, C, H, W) uint8 with fixed timesteps, noise and masks, so that it compares between steps."""
+    n = len(images)
+    index = torch.arange(n, device=images.device)
+    t = torch.linspace(0, args.num_timesteps - 1, n, device=images.device).long()
+    noise = seeded_normal(index, images.shape[1:])
+    with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.use_amp):
+        return training_loss(
+            model, to_device(images, args.device), t, noise, *make_masks(TEST_INDEX + index, 0, args), alphas_cumprod, args
+        ).item()
+
+
+def train(args, model, ema, optimizer, images, held_out, state):
+    """Train model in place, to args.steps. images: uint8 (N, C, H, W) on the device; held_out: {"val": ..., "test": ...}.
+
+    state: {"step", "history", "losses"}, where to go on from. Everything random in a step is a function of (seed, step), so a
+    resumed run is the uninterrupted one, and each process of several takes its share of the same batch. Returns the history,
+    or None if a signal stopped the run.
+    """
+    out_dir, device, n = Path(args.out_dir), args.device, len(images)
+    batch_size = min(args.batch_size, n)
+    steps_an_epoch = n // batch_size
+    share = slice(rank() * batch_size // world(), (rank() + 1) * batch_size // world())
+    alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)[1].to(device)
+    parallel = nn.parallel.DistributedDataParallel(model) if world() > 1 else model
+    network = torch.compile(parallel) if args.compile else parallel
+    history, epoch, stopped = state["history"], -1, []
+    losses = [torch.tensor(x, device=device) for x in state["losses"]]  # since the last entry of the history
+    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    progress = tqdm(total=args.steps, initial=state["step"], unit="step", desc="training", disable=rank() > 0)
+
+    for step in range(state["step"], args.steps):
+        if step // steps_an_epoch != epoch:
+            epoch = step // steps_an_epoch
+            shuffle = torch.Generator().manual_seed((args.seed << 32) + epoch)
+            order = torch.randperm(n, generator=shuffle).to(device)
+        torch.manual_seed((args.seed << 32) + step)
+        index = order[step % steps_an_epoch * batch_size :][:batch_size]
+        t = torch.randint(args.num_timesteps, (batch_size,), device=device)
+        noise = torch.randn(batch_size, *images.shape[1:], device=device)
+        mirror = torch.rand(batch_size, device=device) < 0.5 * args.flip
+        index, t, noise, mirror = index[share], t[share], noise[share], mirror[share]
+        x_start = to_device(images[index], device)
+        x_start = torch.where(mirror[:, None, None, None], x_start.flip(-1), x_start)
+        mask_epoch = {"random_epoch": epoch, "fixed": 0, "random": step}[args.mask_mode]
+        cond_mask, target_mask = make_masks(index, mask_epoch, args)
+
+        warm_up = min((step + 1) / 100, 1)
+        decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_schedule == "cosine" else 1
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm_up * decay
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=args.use_amp):
+            loss = training_loss(network, x_start, t, noise, cond_mask, target_mask, alphas_cumprod, args)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        optimizer.step()
+        update_ema(ema, model, step, args.ema_decay)
+        losses.append(loss.detach())
+        progress.update()
+
+        done = step + 1
+        last = done == args.steps
+        point, stop = done % args.log_every == 0 or last, bool(stopped) and world() == 1
+        saving = done % args.save_every == 0 or last or stop
+        if point or saving:  # the only times the host waits for the device
+            report = torch.stack([torch.stack(losses).mean(), torch.tensor(float(bool(stopped)), device=device)])
+            if world() > 1:
+                dist.all_reduce(report)
+            mean, stop = report[0].item() / world(), report[1].item() > 0
+            saving = saving or stop
+            if not math.isfinite(mean):
+                kept = "the last good checkpoint is kept" if (out_dir / "last.pt").exists() else "there is no checkpoint yet"
+                raise UserError(f"the loss became {mean} by step {done}; {kept}. Try a smaller --lr, or --amp off")
+        if point:
+            history["steps"].append(done)
+            history["epochs"].append(done / steps_an_epoch)
+            history["train_loss"].append(mean)
+            for part, part_images in held_out.items():
+                history[f"{part}_loss"].append(held_out_loss(ema, part_images, args, alphas_cumprod))
+            losses = []
+            progress.set_postfix(loss=f"{mean:.4f}", val=f"{history['val_loss'][-1]:.4f}")
+        if saving and rank() == 0:
+            state = {"step": done, "history": history, "losses": [x.item() for x in losses]}
+            config = {k: v for k, v in vars(args).items() if k != "use_amp"}
+            weights = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            write(out_dir / "last.pt", lambda path: torch.save({"script": SCRIPT, "config": config} | state | weights, path))  # noqa: B023
+            write(out_dir / "history.json", lambda path: path.write_text(json.dumps(history)))
+        if picture:
+            draw_reconstructions(out_dir / f"step_{done:06d}.png", *reconstruct(ema, held_out["val"][:8], 2, args))
+        if stop:
+            break
+    progress.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return None if stop else history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reconstruction, metrics, pictures.
+
+
+def reconstruct(model, images, num_draws, args, title=None):
+    """K draws for each test image, shared out over the processes: (truth, cond_mask, target_mask, draws) on the CPU.
+
+    images: uint8 (N, C, H, W). truth: (N, C, H, W) and draws: (K, N, C, H, W), float32 in [0, 1]; masks: bool (N, 1, H, W).
+    """
+    n, device = len(images), args.device
+    truth = to_device(images, device)
+    cond_mask, target_mask = make_masks(TEST_INDEX + torch.arange(n, device=device), 0, args)
+    draws = torch.zeros(num_draws * n, *images.shape[1:], device=device)
+    mine = torch.arange(rank() * len(draws) // world(), (rank() + 1) * len(draws) // world(), device=device)
+    total = len(mine) * args.sample_steps
+    with (
+        tqdm(total=total, desc=title, unit="step", unit_scale=True, disable=rank() > 0 or not title, leave=False) as progress,
+        torch.autocast(device.split(":")[0], torch.bfloat16, enabled=args.use_amp),
+    ):
+        for jobs in mine.split(args.batch_size):
+            i, draw = jobs % n, jobs // n
+            seeds = (args.seed << 32) + (draw << 20) + i
+            cond = truth[i] * cond_mask[i]
+            draws[jobs] = sample(model, cond, cond_mask[i], seeds, args, progress)
+    if world() > 1:
+        dist.all_reduce(draws)  # each process left the others' share at zero
+    to_unit = lambda x: (x.cpu() / 2 + 0.5).clamp(0, 1)
+    return to_unit(truth), cond_mask.cpu(), target_mask.cpu(), to_unit(draws).unflatten(0, (num_draws, n))
+
+
+def gaussian_blur(x, sigma):
+    """x (N, C, H, W), zero outside the image, with a Gaussian of sigma pixels cut off at 3 sigma."""
+    radius = math.ceil(3 * sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, -1)
+    x = F.conv2d(x, kernel, padding=(0, radius), groups=x.shape[1])
+    return F.conv2d(x, kernel.transpose(-1, -2), padding=(radius, 0), groups=x.shape[1])
+
+
+def interpolate(truth, cond_mask, fraction):
+    """The baseline: each unseen pixel is a Gaussian-weighted mean of the seen ones (normalised convolution)."""
+    mask = cond_mask.float()
+    seen, weight, value = truth * mask, 0, 0
+    for sigma, share in [(0.5 / fraction**0.5, 1), (2 / fraction**0.5, 1e-4), (8 / fraction**0.5, 1e-8)]:  # where none is near
+        weight = weight + share * gaussian_blur(mask, sigma)
+        value = value + share * gaussian_blur(seen, sigma)
+    return torch.where(cond_mask, truth, value / weight.clamp(min=1e-30))
+
+
+def psnr(x, truth, where):
+    """Decibels over the pixels of `where` (N, 1, H, W), each image by itself, then the mean. Values in [0, 1]."""
+    where = where.expand_as(x)
+    mse = ((x - truth) ** 2 * where).sum((1, 2, 3)) / where.sum((1, 2, 3))
+    return (-10 * mse.clamp(min=1e-10).log10()).mean().item()
+
+
+def ssim(x, truth, where):
+    """Structural similarity (Wang et al. 2004; Gaussian window, sigma 1.5), the mean over the pixels of `where`."""
+    mean = lambda image: gaussian_blur(image, 1.5) / gaussian_blur(torch.ones_like(image), 1.5)
+    mx, my = mean(x), mean(truth)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(truth * truth) - my * my, mean(x * truth) - mx * my
+    quality = (2 * mx * my + 0.01**2) * (2 * cov + 0.03**2) / ((mx * mx + my * my + 0.01**2) * (vx + vy + 0.03**2))
+    return quality[where.expand_as(x)].mean().item()
+
+
+def draw_reconstructions(path, truth, cond_mask, target_mask, draws):
+    """A sheet with one row an image: original, what was seen, target mask, one draw, mean of the draws, their spread."""
+    if rank() > 0:
+        return
+    rgb = lambda x: x.float().expand(-1, 3, -1, -1)
+    spread = draws.std(0).mean(1, keepdim=True)  # (N, 1, H, W)
+    spread = torch.from_numpy(plt.get_cmap("magma")((spread / spread.max().clamp(min=1e-6))[:, 0].numpy())[..., :3])
+    seen = torch.where(cond_mask, rgb(truth), torch.tensor([0.25, 0.3, 0.45]).view(1, 3, 1, 1))  # blue-grey: not seen
+    columns = {
+        "original": rgb(truth), f"seen ({cond_mask.float().mean():.0%})": seen, "target mask": rgb(target_mask),
+        "one draw": rgb(draws[0]), f"mean of {len(draws)}": rgb(draws.mean(0)), "spread": spread.permute(0, 3, 1, 2).float(),
+    }  # fmt: skip
+    sheet = F.pad(torch.stack(list(columns.values())), (1, 1, 1, 1), value=1.0)  # (6, N, 3, H, W)
+    k, n, _, h, w = sheet.shape
+    figure, axis = plt.subplots(figsize=(1.5 * k, 1.5 * n * h / w + 0.4), layout="constrained")
+    axis.imshow(sheet.permute(1, 3, 0, 4, 2).reshape(n * h, k * w, 3), interpolation="nearest")
+    axis.set_xticks([(i + 0.5) * w for i in range(k)], list(columns))
+    axis.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False, left=False, labelleft=False)
+    axis.spines[:].set_visible(False)
+    write(path, lambda p: figure.savefig(p, dpi=110))
+    plt.close(figure)
+
+
+def draw_losses(path, history):
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for part in ("train", "val", "test"):
+        axis.plot(history["steps"], history[f"{part}_loss"], label=part)
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.legend()
+    write(path, lambda p: figure.savefig(p, dpi=110))
+    plt.close(figure)
+
+
+def evaluate(model, images, args):
+    """Reconstruct test images, measure, and write metrics.json, reconstructions.npz, samples.npy and the final sheet."""
+    out_dir, start = Path(args.out_dir), time.time()
+    truth, cond_mask, target_mask, draws = reconstruct(model, images, args.num_draws, args, "reconstructing")
+    if rank() > 0:
+        return
+    seconds = time.time() - start
+    results = {"draw": draws[0], "mean": draws.mean(0), "baseline": interpolate(truth, cond_mask, args.sparsity)}
+    metrics = {
+        "psnr": {name: psnr(x, truth, ~cond_mask) for name, x in results.items()},
+        "ssim": {name: ssim(x, truth, ~cond_mask) for name, x in results.items()},
+        "num_images": len(truth), "num_draws": args.num_draws, "sparsity": args.sparsity, "seconds": round(seconds, 1),
+    }  # fmt: skip
+    arrays = {"truth": truth, "cond_mask": cond_mask, "target_mask": target_mask, "draws": draws}
+    write(out_dir / "reconstructions.npz", lambda path: np.savez(path, **{k: v.numpy() for k, v in arrays.items()}))
+    samples = (draws[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    write(out_dir / "samples.npy", lambda path: np.save(path, samples))
+    write(out_dir / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    draw_reconstructions(out_dir / "reconstructions.png", truth[:10], cond_mask[:10], target_mask[:10], draws[:, :10])
+    names = {"draw": "one draw", "mean": f"mean of {args.num_draws}", "baseline": "interpolation"}
+    print(f"{len(truth)} test images, unseen pixels only ({seconds:.0f} s):")
+    for key, name in names.items():
+        print(f"  {name:14} PSNR {metrics['psnr'][key]:5.2f} dB   SSIM {metrics['ssim'][key]:.3f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(args, checkpoint):
+    out_dir = Path(args.out_dir)
+    if "WORLD_SIZE" in os.environ:  # started by torchrun: one process a GPU, or several on a CPU
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        if args.batch_size % world():
+            raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {world()} processes")
+    device = args.device
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
+    # bfloat16 pays where the hardware multiplies it: a GPU, or a CPU with AMX. Elsewhere it is emulated, at 0.4 the speed.
+    cpu_features = getattr(torch.cpu, "get_capabilities", dict)()
+    native = device.startswith("cuda") or (device == "cpu" and cpu_features.get("amx_bf16", False))
+    args.use_amp = args.amp == "on" or (args.amp == "auto" and native)
+
+    if rank() > 0:
+        dist.barrier()  # the first process downloads, the others find the files
+    args.data = choose_data(args.data, args.preset == "full", args.data_dir)
+    images, _ = load_images(args.data, args.data_dir, args.image_size, train=True)
+    test, _ = load_images(args.data, args.data_dir, args.image_size, train=False)
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # a tenth is for validation
+    val, images = images[order[: max(len(order) // 10, 1)]], images[order[max(len(order) // 10, 1) :]]
+    images, held_out = images.to(device), {"val": val[:128].to(device), "test": test[:128].to(device)}
+    channels = images.shape[1]
+
+    torch.manual_seed(args.seed)
+    model = Unet(3 * channels, channels, args.image_size, args.dim, args.dim_mults, args.num_blocks,
+                 args.attn_resolutions, args.dropout)  # fmt: skip
+    model = model.to(device=device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    state = {"step": 0, "history": {k: [] for k in ("steps", "epochs", "train_loss", "val_loss", "test_loss")}, "losses": []}
+    if checkpoint:
+        load_weights(model, checkpoint["model"], args)
+        load_weights(ema, checkpoint["ema"], args)
+        state = {key: checkpoint[key] for key in state}
+
+    if rank() == 0:
+        size = "x".join(map(str, images.shape[1:]))
+        print(f"{SCRIPT}.py: preset {args.preset}, data {args.data} ({len(images)} images of {size}), device {device}"
+              f"{' (bfloat16)' if args.use_amp else ''}")  # fmt: skip
+        print(f"extension: {fused_ddpm.status()}")
+        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, output in {out_dir}/")
+        out_dir.mkdir(parents=True, exist_ok=True)
+    if not args.sample:
+        steps_an_epoch = max(len(images) // args.batch_size, 1)
+        args.steps, args.epochs = args.steps or args.epochs * steps_an_epoch, None
+        args.log_every = getattr(args, "log_every", max(args.steps // 40, 1))
+        args.sample_every = args.sample_every or max(args.steps // 5, 1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+        if checkpoint:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        if rank() == 0:
+            config = json.dumps({k: v for k, v in vars(args).items() if k != "use_amp"}, indent=1)
+            write(out_dir / "config.json", lambda path: path.write_text(config))
+        history = train(args, model, ema, optimizer, images, held_out, state)
+        if history is None:
+            raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
+        if rank() == 0 and history["steps"]:
+            draw_losses(out_dir / "loss.png", history)
+    evaluate(ema, test[: args.num_samples], args)
+    if rank() == 0:
+        print(f"pictures, metrics.json and reconstructions.npz are in {out_dir}/")
+
+
+def load_weights(model, weights, args):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        wrong = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"the checkpoint does not fit --data {args.data} or this version of the network: {wrong}") from error
+
+
+def main(argv=None):
+    try:
+        run(*get_config(argv))
+    except (UserError, DataError) as error:
+        sys.exit(f"{SCRIPT}.py: error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
