@@ -176,7 +176,7 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
 
 
 def _register():
-    """What torch.compile and autograd need to know of the extension's operators."""
+    """Shapes and dtypes of the extension's operators, for torch.compile."""
 
     @torch.library.register_fake("fused_ddpm::posterior_step")
     def _(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip):
@@ -190,21 +190,6 @@ def _register():
     @torch.library.register_fake("fused_ddpm::masked_loss_backward")
     def _(grad, pred, target, target_mask, cond_mask, total, cond_weight, kind):
         return torch.empty_like(pred)
-
-    def setup_context(ctx, inputs, output):
-        pred, target, target_mask, cond_mask, ctx.cond_weight, ctx.kind = inputs
-        ctx.save_for_backward(pred, target, target_mask, cond_mask, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    def backward(ctx, grad, _):
-        pred, target, target_mask, cond_mask, total = ctx.saved_tensors
-        grad_pred = torch.ops.fused_ddpm.masked_loss_backward(
-            grad, pred, target, target_mask, cond_mask, total, ctx.cond_weight, ctx.kind
-        )
-        grad_target = -grad_pred.to(target.dtype) if ctx.needs_input_grad[1] else None
-        return grad_pred, grad_target, None, None, None, None
-
-    torch.library.register_autograd("fused_ddpm::masked_loss", backward, setup_context=setup_context)
 
 
 if BACKENDS:

@@ -86,12 +86,14 @@ inline void check_masked_loss(
   if (cond_mask) check_mask(*cond_mask, pred, "cond_mask");
 }
 
-// Masks and target in the arithmetic's dtype would cost a copy; only dtypes the kernels lack are converted.
-inline at::Tensor mask_bytes_or_float(const at::Tensor& mask) {
-  const at::Tensor m = mask.contiguous();
-  if (m.scalar_type() == at::kBool) return m.view(at::kByte);
+// A mask as the kernels read it: bytes (bool is one, 0 or 1) or float32.
+inline at::Tensor readable_mask(const std::optional<at::Tensor>& mask) {
+  if (!mask) return at::Tensor();
+  const at::Tensor m = mask->contiguous();
   return m.scalar_type() == at::kDouble ? m.to(at::kFloat) : m;
 }
+
+inline bool is_bytes(const at::Tensor& mask) { return mask.scalar_type() != at::kFloat; }
 
 inline at::ScalarType loss_dtype(const at::Tensor& pred) {
   return pred.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

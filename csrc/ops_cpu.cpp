@@ -89,7 +89,7 @@ DDPM_CLONES void posterior_chunk(
 }
 
 template <int64_t KIND, class T>
-DDPM_HD T loss_sum(const T* pred, const T* target, const T* w, int64_t n) {
+DDPM_HD T loss_sum(const T* pred, const T* target, const float* w, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += w[i] * distance<KIND>(pred[i] - target[i]);
@@ -97,30 +97,42 @@ DDPM_HD T loss_sum(const T* pred, const T* target, const T* w, int64_t n) {
 }
 
 template <int64_t KIND, class T>
-DDPM_HD void loss_grad(T* grad, const T* pred, const T* target, const T* w, T scale, int64_t n) {
+DDPM_HD void loss_grad(T* grad, const T* pred, const T* target, const float* w, T scale, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) grad[i] = scale * w[i] * distance_grad<KIND>(pred[i] - target[i]);
 }
 
 #define DDPM_LOSS_CHUNKS(T)                                                                                       \
-  DDPM_CLONES T loss_chunk(int64_t kind, const T* pred, const T* target, const T* w, int64_t n) {                  \
+  DDPM_CLONES T loss_chunk(int64_t kind, const T* pred, const T* target, const float* w, int64_t n) {              \
     if (kind == L2) return loss_sum<L2, T>(pred, target, w, n);                                                    \
     if (kind == L1) return loss_sum<L1, T>(pred, target, w, n);                                                    \
     return loss_sum<HUBER, T>(pred, target, w, n);                                                                 \
   }                                                                                                                \
   DDPM_CLONES void grad_chunk(                                                                                     \
-      int64_t kind, T* grad, const T* pred, const T* target, const T* w, T scale, int64_t n) {                     \
+      int64_t kind, T* grad, const T* pred, const T* target, const float* w, T scale, int64_t n) {                 \
     if (kind == L2) return loss_grad<L2, T>(grad, pred, target, w, scale, n);                                      \
     if (kind == L1) return loss_grad<L1, T>(grad, pred, target, w, scale, n);                                      \
     return loss_grad<HUBER, T>(grad, pred, target, w, scale, n);                                                   \
-  }                                                                                                                \
-  DDPM_CLONES T sum_chunk(const T* w, int64_t n) {                                                                 \
-    T sum = 0;                                                                                                     \
-    _Pragma("omp simd reduction(+ : sum)") for (int64_t i = 0; i < n; ++i) sum += w[i];                            \
-    return sum;                                                                                                    \
   }
 DDPM_LOSS_CHUNKS(float)
 DDPM_LOSS_CHUNKS(double)
+
+DDPM_CLONES float sum_chunk(const float* w, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += w[i];
+  return sum;
+}
+
+DDPM_CLONES void read_bytes(float* w, const uint8_t* mask, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) w[i] = mask[i];
+}
+
+DDPM_CLONES void weight_chunk(float* w, const float* cond, float cond_weight, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) w[i] = mask_weight<float>(w[i], cond[i], cond_weight);
+}
 
 // Elements [begin, begin + n) of an image, in logical order, in `buffer` or where they lie if that is the same.
 template <class T, class Acc>
@@ -200,49 +212,42 @@ at::Tensor posterior_step_cpu(
   return y;
 }
 
-// The per-pixel weights of a loss, read from masks of either dtype and either channel count.
+// The per-pixel weights of a loss, read from masks of either dtype and either channel count. Always float32: they are
+// small numbers, and the sums are not.
 struct Weights {
   at::Tensor target, cond;
-  double cond_weight;
+  float cond_weight;
 
   Weights(const std::optional<at::Tensor>& target_mask, const std::optional<at::Tensor>& cond_mask, double weight)
-      : target(target_mask ? mask_bytes_or_float(*target_mask) : at::Tensor()),
-        cond(cond_mask ? mask_bytes_or_float(*cond_mask) : at::Tensor()),
-        cond_weight(weight) {}
+      : target(readable_mask(target_mask)), cond(readable_mask(cond_mask)), cond_weight(static_cast<float>(weight)) {}
 
   bool per_channel() const {
     return (target.defined() && target.size(1) > 1) || (cond.defined() && cond.size(1) > 1);
   }
 
-  template <class T>
-  static void values(T* to, const at::Tensor& mask, int64_t b, int64_t c, int64_t p, int64_t n) {
-    if (!mask.defined()) return std::fill_n(to, n, T(0)), void();
+  static void read(float* to, const at::Tensor& mask, int64_t b, int64_t c, int64_t p, int64_t n) {
     const int64_t channels = mask.size(1), pixels = mask.size(2) * mask.size(3);
     const int64_t at = (b * channels + (channels > 1 ? c : 0)) * pixels + p;
-    if (mask.scalar_type() == at::kByte) {
-      std::copy_n(mask.const_data_ptr<uint8_t>() + at, n, to);
-    } else {
-      std::copy_n(mask.const_data_ptr<float>() + at, n, to);
-    }
+    if (is_bytes(mask)) return read_bytes(to, static_cast<const uint8_t*>(mask.const_data_ptr()) + at, n);
+    std::copy_n(mask.const_data_ptr<float>() + at, n, to);
   }
 
-  template <class T>
-  void fill(T* w, int64_t b, int64_t c, int64_t p, int64_t n) const {
-    if (!target.defined()) return std::fill_n(w, n, T(1)), void();
-    T cond_values[CHUNK];
-    values(w, target, b, c, p, n);
-    values(cond_values, cond, b, c, p, n);
-    for (int64_t i = 0; i < n; ++i) w[i] = mask_weight<T>(w[i], cond_values[i], cond_weight);
+  void fill(float* w, int64_t b, int64_t c, int64_t p, int64_t n) const {
+    if (!target.defined()) return std::fill_n(w, n, 1.0f), void();
+    alignas(64) float seen[CHUNK] = {};
+    read(w, target, b, c, p, n);
+    if (cond.defined()) read(seen, cond, b, c, p, n);
+    weight_chunk(w, seen, cond_weight, n);
   }
 };
 
 // Calls visit(task, b, c, p, n, w) for every run of n pixels of one channel; w is filled once for all channels
 // where the masks allow. One task is one pixel chunk of one image with all its channels.
-template <class T, class Visit>
+template <class Visit>
 void for_each_run(const at::Tensor& pred, const Layout& at, const Weights& weights, const Visit& visit) {
   const int64_t chunks = (at.pixels + CHUNK - 1) / CHUNK;
   at::parallel_for(0, pred.size(0) * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
-    alignas(64) T w[CHUNK];
+    alignas(64) float w[CHUNK];
     for (int64_t task = first; task < last; ++task) {
       const int64_t b = task / chunks, p = task % chunks * CHUNK, n = std::min(CHUNK, at.pixels - p);
       for (int64_t c = 0; c < at.channels; ++c) {
@@ -266,17 +271,18 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
     const int64_t tasks = pred.size(0) * ((p_at.pixels + CHUNK - 1) / CHUNK);
     // One partial sum a task, added up in order below: the same bits for any number of threads.
     std::vector<double> losses(tasks, 0.0), totals(tasks, 0.0);
+    const double shared = weights.per_channel() ? 1 : p_at.channels;  // channels that one sum of weights stands for
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
       using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
       const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
       const acc_t* t_data = target.const_data_ptr<acc_t>();
-      for_each_run<acc_t>(pred, p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const acc_t* w) {
+      for_each_run(pred, p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
         alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK];
         const int64_t begin = c * p_at.pixels + p;
         const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
         const acc_t* ts = load(t_buffer, t_data + b * image, t_at, begin, n);
         losses[task] += loss_chunk(kind, ps, ts, w, n);
-        totals[task] += sum_chunk(w, n);
+        if (c == 0 || weights.per_channel()) totals[task] += shared * sum_chunk(w, n);
       });
     });
     for (int64_t i = 0; i < tasks; ++i) loss += losses[i], total += totals[i];
@@ -301,7 +307,7 @@ at::Tensor masked_loss_backward_cpu(
     const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
     const acc_t* t_data = target.const_data_ptr<acc_t>();
     scalar_t* g_data = grad_pred.mutable_data_ptr<scalar_t>();
-    for_each_run<acc_t>(pred, p_at, weights, [&](int64_t, int64_t b, int64_t c, int64_t p, int64_t n, const acc_t* w) {
+    for_each_run(pred, p_at, weights, [&](int64_t, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
       alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK], g_buffer[CHUNK];
       const int64_t begin = c * p_at.pixels + p;
       const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);

@@ -15,7 +15,7 @@
 
 namespace fused_ddpm {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, BLOCKS = 4;  // 4 resident blocks leave 64 registers a thread: nothing spills
 constexpr int64_t MAX_GRID_X = 1024, MAX_GRID_Y = 1024;
 
 // Four elements in one load or store.
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store4(T* image, const Acc from[4], const Layout
 }
 
 template <class T, bool VECTOR>
-__global__ void __launch_bounds__(THREADS) posterior_kernel(
+__global__ void __launch_bounds__(THREADS, BLOCKS) posterior_kernel(
     float* __restrict__ y, const float* __restrict__ x, const T* __restrict__ out, const T* __restrict__ uncond, float scale,
     const float* __restrict__ coefficients, const int64_t* __restrict__ step, int64_t steps,
     const int64_t* __restrict__ seeds, int64_t images, int64_t image, Layout x_at, Layout o_at, Layout u_at,
@@ -176,9 +176,27 @@ struct Masks {
 // Four pixels of one channel of image b. A channel is addressed as an image of its own, of one channel.
 __device__ __forceinline__ Layout channel(const Layout& at) { return {1, at.pixels, 0, at.pixel_stride}; }
 
+struct Sums {
+  double loss, weight;
+};
+
+// Sums over the block, for thread 0. A tree of fixed shape and no atomics: the same bits each run.
+__device__ Sums block_sums(Sums mine) {
+  __shared__ Sums all[THREADS];
+  all[threadIdx.x] = mine;
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      all[threadIdx.x].loss += all[threadIdx.x + half].loss;
+      all[threadIdx.x].weight += all[threadIdx.x + half].weight;
+    }
+  }
+  return all[0];
+}
+
 template <class T, class Acc, int64_t KIND, bool VECTOR>
-__global__ void __launch_bounds__(THREADS) loss_kernel(
-    double* __restrict__ partials, const T* __restrict__ pred, const Acc* __restrict__ target, Masks masks, Acc cond_weight,
+__global__ void __launch_bounds__(THREADS, BLOCKS) loss_kernel(
+    Sums* __restrict__ partials, const T* __restrict__ pred, const Acc* __restrict__ target, Masks masks, Acc cond_weight,
     int64_t images, Layout p_at, Layout t_at) {
   const int64_t groups = (p_at.pixels + 3) / 4, image = p_at.channels * p_at.pixels;
   Acc loss = 0, total = 0;
@@ -200,44 +218,24 @@ __global__ void __launch_bounds__(THREADS) loss_kernel(
       }
     }
   }
-  // A tree of fixed shape, and no atomics: the same bits each run.
-  __shared__ double losses[THREADS], totals[THREADS];
-  losses[threadIdx.x] = loss, totals[threadIdx.x] = total;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      losses[threadIdx.x] += losses[threadIdx.x + half];
-      totals[threadIdx.x] += totals[threadIdx.x + half];
-    }
-  }
-  if (threadIdx.x == 0) {
-    const int64_t block = blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x;
-    partials[2 * block] = losses[0], partials[2 * block + 1] = totals[0];
-  }
+  const Sums sums = block_sums({static_cast<double>(loss), static_cast<double>(total)});
+  if (threadIdx.x == 0) partials[blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x] = sums;
 }
 
 // One block adds up the partial sums of the other kernel's blocks.
 template <class Acc>
-__global__ void __launch_bounds__(THREADS) finish_kernel(Acc* loss, Acc* total, const double* __restrict__ partials, int64_t blocks) {
-  __shared__ double losses[THREADS], totals[THREADS];
-  double my_loss = 0, my_total = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += THREADS) my_loss += partials[2 * i], my_total += partials[2 * i + 1];
-  losses[threadIdx.x] = my_loss, totals[threadIdx.x] = my_total;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      losses[threadIdx.x] += losses[threadIdx.x + half];
-      totals[threadIdx.x] += totals[threadIdx.x + half];
-    }
-  }
+__global__ void __launch_bounds__(THREADS, BLOCKS) finish_kernel(Acc* loss, Acc* total, const Sums* __restrict__ partials, int64_t blocks) {
+  Sums mine{0, 0};
+  for (int64_t i = threadIdx.x; i < blocks; i += THREADS) mine.loss += partials[i].loss, mine.weight += partials[i].weight;
+  const Sums sums = block_sums(mine);
   if (threadIdx.x == 0) {
-    *loss = totals[0] > 0 ? static_cast<Acc>(losses[0] / totals[0]) : Acc(0);
-    *total = static_cast<Acc>(totals[0]);
+    *loss = sums.weight > 0 ? static_cast<Acc>(sums.loss / sums.weight) : Acc(0);
+    *total = static_cast<Acc>(sums.weight);
   }
 }
 
 template <class T, class Acc, int64_t KIND, bool VECTOR>
-__global__ void __launch_bounds__(THREADS) loss_backward_kernel(
+__global__ void __launch_bounds__(THREADS, BLOCKS) loss_backward_kernel(
     T* __restrict__ grad_pred, const Acc* __restrict__ grad, const Acc* __restrict__ total, const T* __restrict__ pred,
     const Acc* __restrict__ target, Masks masks, Acc cond_weight, int64_t images, Layout p_at, Layout t_at) {
   const int64_t groups = (p_at.pixels + 3) / 4, image = p_at.channels * p_at.pixels;
@@ -274,8 +272,8 @@ struct LossArguments {
       const std::optional<at::Tensor>& cond_mask_)
       : pred(dense(pred_)),
         target(dense(target_.to(loss_dtype(pred_)))),
-        target_mask(target_mask_ ? mask_bytes_or_float(*target_mask_) : at::Tensor()),
-        cond_mask(cond_mask_ ? mask_bytes_or_float(*cond_mask_) : at::Tensor()),
+        target_mask(readable_mask(target_mask_)),
+        cond_mask(readable_mask(cond_mask_)),
         p_at(layout_of(pred)),
         t_at(layout_of(target)),
         images(pred.dim() == 0 ? 1 : pred.size(0)) {
@@ -292,7 +290,7 @@ struct LossArguments {
  private:
   Mask mask(const at::Tensor& m) const {
     if (!m.defined()) return {nullptr, false, 0, p_at.pixels};
-    return {m.const_data_ptr(), m.scalar_type() == at::kByte, m.size(1), p_at.pixels};
+    return {m.const_data_ptr(), is_bytes(m), m.size(1), p_at.pixels};
   }
 };
 
@@ -318,18 +316,19 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
   const at::Tensor loss = at::empty({}, options), total = at::empty({}, options);
   const int64_t blocks = static_cast<int64_t>(a.grid.x) * a.grid.y;
   const at::Tensor partials = at::empty({2 * blocks}, pred.options().dtype(at::kDouble));
+  Sums* sums = reinterpret_cast<Sums*>(partials.mutable_data_ptr<double>());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
     using T = scalar_t;
     using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
     with_kind(kind, a.vector, [&](auto k, auto v) {
       loss_kernel<T, Acc, decltype(k)::value, decltype(v)::value><<<a.grid, THREADS, 0, stream>>>(
-          partials.mutable_data_ptr<double>(), a.pred.const_data_ptr<T>(), a.target.const_data_ptr<Acc>(), a.masks(),
+          sums, a.pred.const_data_ptr<T>(), a.target.const_data_ptr<Acc>(), a.masks(),
           static_cast<Acc>(cond_weight), a.images, a.p_at, a.t_at);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     finish_kernel<Acc><<<1, THREADS, 0, stream>>>(
-        loss.mutable_data_ptr<Acc>(), total.mutable_data_ptr<Acc>(), partials.const_data_ptr<double>(), blocks);
+        loss.mutable_data_ptr<Acc>(), total.mutable_data_ptr<Acc>(), sums, blocks);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {loss, total};

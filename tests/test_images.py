@@ -1,0 +1,120 @@
+"""Data sets: the ones that need no network, folders good and bad, and what is said when something is missing."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import images
+from images import DataError, choose_data, load_images
+
+
+def save_image(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path)
+
+
+def test_shapes_are_the_same_for_a_seed_and_differ_between_parts():
+    a, labels = load_images("shapes", train=True)
+    assert a.shape == (240, 3, 32, 32) and a.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert torch.equal(a, load_images("shapes", train=True)[0])
+    assert not torch.equal(a[:40], load_images("shapes", train=False)[0])
+    assert labels.unique().tolist() == list(range(10))
+    assert load_images("shapes", image_size=20)[0].shape == (240, 3, 20, 20)
+    assert (a.flatten(1).float().std(1) > 5).all()  # every image shows something
+
+
+def test_shape_distances_have_the_right_sign_and_slope():
+    axis = torch.linspace(-1.5, 1.5, 301)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    areas = {}
+    for name in images.SHAPES:
+        d = images.shape_distance(name, x, y)
+        areas[name] = (d < 0).double().mean().item() * 9
+        slope = torch.hypot(*torch.gradient(d, spacing=0.01))
+        assert slope.quantile(0.99) < 1.05, name  # never steeper than a distance, so that edges are soft, not jagged
+    assert areas["circle"] == pytest.approx(np.pi * 0.81, rel=0.02)
+    assert areas["square"] == pytest.approx(2, rel=0.02)
+    assert areas["triangle"] == pytest.approx(1.299, rel=0.02)
+    assert areas["hexagon"] == pytest.approx(2.598, rel=0.02)
+    assert areas["half disc"] == pytest.approx(np.pi * 0.405, rel=0.02)
+    assert areas["star"] == pytest.approx(10 * 0.5 * 0.45 * np.sin(np.pi / 5), rel=0.02)
+
+
+def test_folder_of_classes(tmp_path):
+    for label, name in enumerate(["ant", "bee"]):
+        for i in range(20):
+            save_image(tmp_path / name / f"{i:02d}.png", np.full((40, 60, 3), 100 * label + i))
+    train, train_labels = load_images(str(tmp_path), image_size=16, train=True)
+    test, test_labels = load_images(str(tmp_path), image_size=16, train=False)
+    assert train.shape == (36, 3, 16, 16) and test.shape == (4, 3, 16, 16)
+    assert train_labels.bincount().tolist() == [18, 18] and test_labels.tolist() == [0, 0, 1, 1]
+    assert train[:, 0, 0, 0].tolist() == [*range(18), *range(100, 118)]
+    assert test[:, 0, 0, 0].tolist() == [18, 19, 118, 119]
+
+
+def test_flat_folder_grey_and_mixed(tmp_path):
+    for i in range(12):
+        save_image(tmp_path / "grey" / f"{i}.png", np.full((8, 8), 10 * i))
+        save_image(tmp_path / "mixed" / f"{i}.png", np.full((8, 8, 3) if i else (8, 8), 10 * i))
+    grey, labels = load_images(str(tmp_path / "grey"), image_size=8)
+    assert grey.shape == (11, 1, 8, 8) and (labels == -1).all()
+    assert load_images(str(tmp_path / "mixed"), image_size=8)[0].shape == (11, 3, 8, 8)
+
+
+def test_centre_crop(tmp_path):
+    wide = np.zeros((8, 24), np.uint8)
+    wide[:, 8:16] = 200
+    save_image(tmp_path / "a.png", wide), save_image(tmp_path / "b.png", wide)
+    assert (load_images(str(tmp_path), image_size=8)[0] == 200).all()
+
+
+def test_28_is_padded_to_32():
+    picture = torch.full((2, 1, 28, 28), 9, dtype=torch.uint8)
+    padded = images.resize(picture, 32)
+    assert torch.equal(padded[:, :, 2:30, 2:30], picture) and padded.sum() == picture.sum()
+    assert images.resize(picture, 28) is picture
+    assert images.resize(picture, 64).shape == (2, 1, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "prepare, message",
+    [
+        (lambda d: None, "no images in it"),
+        (lambda d: (d / "notes.txt").write_text("hello"), "no images in it"),
+        (lambda d: save_image(d / "one.png", np.zeros((8, 8))), "1 images in it"),
+        (lambda d: [save_image(d / f"{i}.png", np.zeros((8, 8))) for i in range(3)] + [(d / "2.png").write_bytes(b"\x89PNG broken")], "2.png: cannot be read as an image"),
+        (lambda d: [save_image(d / "a.png", np.zeros((8, 8))), save_image(d / "class" / "b.png", np.zeros((8, 8)))], "both directly and in sub-folders"),
+    ],
+)  # fmt: skip
+def test_bad_folders(tmp_path, prepare, message):
+    prepare(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_images(str(tmp_path), image_size=8, train=True), load_images(str(tmp_path), image_size=8, train=False)
+
+
+def test_unknown_name():
+    with pytest.raises(DataError, match="--data cifar: neither a data set .* nor a folder"):
+        load_images("cifar")
+
+
+def test_offline_auto_falls_back_and_a_named_set_fails(tmp_path, monkeypatch, capsys):
+    def offline(*args, **kwargs):
+        raise OSError("<urlopen error no network>")
+
+    monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(images, "TORCHVISION", dict.fromkeys(images.TORCHVISION, offline))
+    assert choose_data("auto", full=False, data_dir=tmp_path) == "shapes"
+    assert capsys.readouterr().out.count("\n") == 1
+    assert choose_data("mnist", full=False, data_dir=tmp_path) == "mnist"
+    with pytest.raises(DataError, match="mnist is not in .* and cannot be downloaded: .*no network"):
+        load_images("mnist", tmp_path)
+
+
+@pytest.mark.skipif(not images.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_debian_fashion_mnist():
+    train, labels = load_images("fashion_mnist", train=True)
+    assert train.shape == (60000, 1, 32, 32) and labels.bincount().tolist() == [6000] * 10
+    test, labels = load_images("fashion_mnist", train=False)
+    assert test.shape == (10000, 1, 32, 32) and labels.bincount().tolist() == [1000] * 10
+    assert test[:, :, :2].sum() == 0 and 60 < test[:, :, 2:30, 2:30].float().mean() < 85

@@ -1,0 +1,404 @@
+"""sparse_ddpm.py: masks, what the network sees, training, resuming, reconstruction, metrics and messages."""
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fused_ddpm
+import sparse_ddpm as script
+
+TINY = "--data shapes --image-size 16 --dim 8 --dim-mults 1 2 --steps 6 --batch-size 16 --num-timesteps 50 --sample-steps 4 --num-samples 4 --num-draws 2 --lr 1e-3 --save-every 2".split()
+
+
+def run(out_dir, *flags):
+    script.main([*TINY, "--out-dir", str(out_dir), *flags])
+
+
+def mask_args(**changes):
+    return argparse.Namespace(**dict(image_size=32, sparsity=0.2, target_sparsity=0.2, mask_pattern="random", seed=0) | changes)
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", list(script.PATTERNS))
+@pytest.mark.parametrize("sparsity, target", [(0.2, 0.2), (0.1, 0.4), (0.5, 0.5), (0.003, 0.7)])
+@pytest.mark.parametrize("size", [32, 20])
+def test_masks_are_exact_and_disjoint(pattern, sparsity, target, size):
+    args = mask_args(mask_pattern=pattern, sparsity=sparsity, target_sparsity=target, image_size=size)
+    cond_mask, target_mask = script.make_masks(torch.arange(50), 3, args)
+    assert cond_mask.shape == target_mask.shape == (50, 1, size, size) and cond_mask.dtype == torch.bool
+    assert (cond_mask.sum((1, 2, 3)) == round(sparsity * size * size)).all()
+    assert (target_mask.sum((1, 2, 3)) == round(target * size * size)).all()
+    assert not (cond_mask & target_mask).any()
+
+
+@pytest.mark.parametrize("pattern", list(script.PATTERNS))
+def test_masks_depend_on_seed_image_and_epoch_alone(pattern):
+    args, index = mask_args(mask_pattern=pattern), torch.arange(40)
+    whole = torch.stack(script.make_masks(index, 5, args))
+    assert torch.equal(whole, torch.stack(script.make_masks(index, 5, args)))
+    assert torch.equal(whole[:, 7:9], torch.stack(script.make_masks(index[7:9], 5, args)))
+    assert torch.equal(whole[:, [9, 7]], torch.stack(script.make_masks(torch.tensor([9, 7]), 5, args)))
+    for other in [
+        script.make_masks(index, 6, args),
+        script.make_masks(index + 40, 5, args),
+        script.make_masks(index, 5, mask_args(mask_pattern=pattern, seed=1)),
+    ]:
+        same = (whole == torch.stack(other)).all(dim=(2, 3, 4))
+        assert same.float().mean() < 0.3  # grid has five phases, so some coincide
+
+
+def test_random_masks_cover_all_pixels_alike():
+    cond_mask, target_mask = script.make_masks(torch.arange(4000), 0, mask_args())
+    for mask in (cond_mask, target_mask):
+        rate = mask.float().mean(0)
+        error = math.sqrt(0.2 * 0.8 / 4000)
+        assert (rate - 0.2).abs().max() < 5 * error and abs(rate.std() - error) < 0.1 * error
+
+
+def test_patterns_look_as_they_are_called():
+    index = torch.arange(64)
+    neighbours = {}
+    for pattern in script.PATTERNS:
+        cond_mask, _ = script.make_masks(index, 0, mask_args(mask_pattern=pattern))
+        right = (cond_mask[..., :-1] & cond_mask[..., 1:]).sum().item()
+        below = (cond_mask[:, :, :-1] & cond_mask[:, :, 1:]).sum().item()
+        neighbours[pattern] = (right + below) / cond_mask.sum().item()
+    assert neighbours["grid"] < 1 / 205  # 205 pixels, but the lattice has 204 or 205
+    assert neighbours["random"] == pytest.approx(2 * 0.2 * 31 / 32, rel=0.1)
+    assert neighbours["block"] > 1.4  # 1.5 inside a 4x4 block
+    assert neighbours["walk"] > 0.9  # a path of n pixels has at least n - 1 neighbours
+
+
+# -- the network and the loss -------------------------------------------------------------------------------------------
+
+
+def small_unet(channels=3, size=16, **changes):
+    torch.manual_seed(0)
+    options = dict(dim=8, dim_mults=[1, 2, 4], num_blocks=1, attn_resolutions=[8], dropout=0.0) | changes
+    net = script.Unet(3 * channels, channels, size, **options)
+    for p in net.parameters():  # away from the zero initialisation, which would hide everything
+        p.data += 0.05 * torch.randn_like(p)
+    return net
+
+
+@pytest.mark.parametrize("mults, blocks, attention", [([1], 1, []), ([1, 2], 2, [16]), ([1, 2, 2, 3], 1, [4, 2])])
+def test_unet_shapes_and_gradients(mults, blocks, attention):
+    net = small_unet(dim_mults=mults, num_blocks=blocks, attn_resolutions=attention)
+    out = net(torch.randn(2, 9, 16, 16), torch.tensor([0, 49]))
+    assert out.shape == (2, 3, 16, 16)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_full_preset_has_about_15_million_parameters():
+    flags = {k: script.PRESETS["full"][k] for k in ("dim", "dim_mults", "num_blocks", "attn_resolutions", "dropout")}
+    count = sum(p.numel() for p in script.Unet(9, 3, 32, **flags).parameters())
+    assert 14.5e6 < count < 16e6
+
+
+def test_network_sees_observed_pixels_only_and_loss_the_target_only():
+    args = mask_args(image_size=16, cond_weight=0.0, loss="l2", objective="x0")
+    _, alphas_cumprod = script.make_schedule("cosine", 50)
+    net, index = small_unet(), torch.arange(4)
+    cond_mask, target_mask = script.make_masks(index, 0, args)
+    x_start, noise, t = torch.rand(4, 3, 16, 16) - 0.5, torch.randn(4, 3, 16, 16), torch.tensor([0, 10, 30, 49])
+    cond = x_start * cond_mask
+    out = script.predict(net, noise, t, cond, cond_mask)
+    unseen = torch.where(cond_mask, x_start, torch.randn_like(x_start))
+    assert torch.equal(out, script.predict(net, noise, t, unseen * cond_mask, cond_mask))
+    assert not torch.equal(out, script.predict(net, noise, t, cond + 0.1 * cond_mask, cond_mask))
+
+    x_start.requires_grad_()
+    script.training_loss(lambda x, t: 0 * x[:, :3], x_start, t, noise, cond_mask, target_mask, alphas_cumprod, args).backward()
+    assert torch.equal(x_start.grad != 0, target_mask.expand_as(x_start) & (x_start != 0))
+
+
+@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+def test_a_perfect_network_has_no_loss(objective):
+    args = mask_args(image_size=16, cond_weight=0.05, loss="l2", objective=objective)
+    _, alphas_cumprod = script.make_schedule("cosine", 50)
+    x_start, noise, t = torch.rand(4, 3, 16, 16) - 0.5, torch.randn(4, 3, 16, 16), torch.tensor([0, 10, 30, 49])
+    a = alphas_cumprod[t].view(-1, 1, 1, 1)
+    perfect = {"eps": noise, "x0": x_start, "v": (a.sqrt() * noise - (1 - a).sqrt() * x_start).float()}[objective]
+    masks = script.make_masks(torch.arange(4), 0, args)
+    assert script.training_loss(lambda x, t: perfect, x_start, t, noise, *masks, alphas_cumprod, args) == 0
+    assert script.training_loss(lambda x, t: perfect + 1, x_start, t, noise, *masks, alphas_cumprod, args) == pytest.approx(1)
+
+
+def test_ema_warms_up():
+    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0), ema.weight.data.fill_(0.0)
+    expected = 0.0
+    for step in range(50):
+        script.update_ema(ema, model, step, 0.7)
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay)
+    assert ema.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+# -- sampling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
+def test_same_seed_same_image(sampler, eta, monkeypatch):
+    """Extension and reference, batch 1 and 64, one thread and two: equal to 1e-4."""
+    args = mask_args(image_size=16, num_timesteps=50, sample_steps=10, schedule="cosine", objective="v", sampler=sampler,
+                     eta=eta, enforce_observed=True)  # fmt: skip
+    net, index = small_unet().eval(), torch.arange(64)
+    cond_mask, _ = script.make_masks(index, 0, args)
+    truth = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    cond = truth * cond_mask
+    whole = script.sample(net, cond, cond_mask, index, args)
+    assert torch.equal(torch.where(cond_mask, whole, truth), torch.where(cond_mask, truth, truth))
+    assert whole.std() > 0.1 and not torch.allclose(whole[0], whole[1], atol=0.1)
+    for i in (0, 17):
+        one = script.sample(net, cond[i : i + 1], cond_mask[i : i + 1], index[i : i + 1], args)
+        torch.testing.assert_close(one, whole[i : i + 1], rtol=0, atol=1e-4)
+    torch.set_num_threads(1)
+    torch.testing.assert_close(script.sample(net, cond, cond_mask, index, args), whole, rtol=0, atol=1e-4)
+    monkeypatch.setattr(fused_ddpm, "BACKENDS", ())
+    torch.testing.assert_close(script.sample(net, cond, cond_mask, index, args), whole, rtol=0, atol=1e-4)
+
+
+def test_metrics_against_direct_sums():
+    g = torch.Generator().manual_seed(0)
+    truth = torch.rand(3, 3, 16, 16, generator=g)
+    where = torch.rand(3, 1, 16, 16, generator=g) < 0.6
+    noisy = truth + 0.1 * torch.randn(truth.shape, generator=g)
+    direct = [-10 * math.log10(((noisy[i] - truth[i]) ** 2)[where[i].expand(3, -1, -1)].mean()) for i in range(3)]
+    assert script.psnr(noisy, truth, where) == pytest.approx(np.mean(direct), rel=1e-5)
+    assert script.psnr(truth + 0.1, truth, where) == pytest.approx(20, abs=1e-3)
+    assert script.psnr(torch.where(where, truth, 9.0), truth, where) == pytest.approx(100)
+
+    assert script.ssim(truth, truth, where) == pytest.approx(1, abs=1e-5)
+    # Constant images: the structure term is 1, the luminance term is left.
+    a, b = torch.full_like(truth, 0.4), torch.full_like(truth, 0.6)
+    assert script.ssim(a, b, where) == pytest.approx((2 * 0.24 + 1e-4) / (0.16 + 0.36 + 1e-4), rel=1e-3)
+    # One pixel far from the border, by the definition.
+    axis = torch.arange(-5, 6, dtype=torch.float64)
+    w = torch.exp(-(axis[:, None] ** 2 + axis**2) / 4.5)
+    w /= w.sum()
+    x, y = noisy[0, 0, 3:14, 3:14].double(), truth[0, 0, 3:14, 3:14].double()
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy, cov = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    direct = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    only = torch.zeros(1, 1, 16, 16, dtype=torch.bool)
+    only[0, 0, 8, 8] = True
+    assert script.ssim(noisy[:1, :1], truth[:1, :1], only) == pytest.approx(direct.item(), abs=2e-4)
+
+
+def test_interpolation_keeps_a_constant_and_what_is_seen():
+    truth = torch.full((2, 3, 32, 32), 0.7)
+    cond_mask, _ = script.make_masks(torch.arange(2), 0, mask_args(sparsity=0.01))
+    torch.testing.assert_close(script.interpolate(truth, cond_mask, 0.01), truth, rtol=1e-3, atol=1e-3)
+    ramp = torch.linspace(0, 1, 32).expand(2, 3, 32, 32)
+    cond_mask, _ = script.make_masks(torch.arange(2), 0, mask_args())
+    result = script.interpolate(ramp, cond_mask, 0.2)
+    assert torch.equal(torch.where(cond_mask, result, ramp), ramp) and script.psnr(result, ramp, ~cond_mask) > 25
+
+
+# -- whole runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_everything(tmp_path):
+    run(tmp_path / "run", "--steps", "120", "--sample-every", "60", "--lr", "5e-3", "--dim", "16", "--num-timesteps", "1000", "--sample-steps", "8", "--num-draws", "3")
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert files == {"last.pt", "config.json", "history.json", "loss.png", "metrics.json", "reconstructions.npz",
+                     "reconstructions.png", "samples.npy", "step_000060.png"}  # fmt: skip
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 120
+    assert history["val_loss"][-1] < 0.5 * history["val_loss"][0] and history["train_loss"][-1] < history["train_loss"][0]
+    arrays = np.load(tmp_path / "run/reconstructions.npz")
+    assert arrays["draws"].shape == (3, 4, 3, 16, 16) and arrays["draws"].dtype == np.float32
+    assert arrays["truth"].shape == (4, 3, 16, 16) and 0 <= arrays["draws"].min() <= arrays["draws"].max() <= 1
+    seen = np.broadcast_to(arrays["cond_mask"], arrays["truth"].shape)
+    assert (seen.mean() * 256).round() == 51 and not (arrays["cond_mask"] & arrays["target_mask"]).any()
+    for draw in arrays["draws"]:
+        assert np.array_equal(draw[seen], arrays["truth"][seen])
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    for name in ("draw", "mean", "baseline"):
+        assert set(metrics) >= {"psnr", "ssim", "num_images", "num_draws", "seconds"} and 5 < metrics["psnr"][name] < 40
+    unseen = ~seen[:, :1]
+    direct = script.psnr(*(torch.from_numpy(x) for x in (arrays["draws"].mean(0), arrays["truth"], unseen)))
+    assert metrics["psnr"]["mean"] == pytest.approx(direct, abs=1e-3)
+    samples = np.load(tmp_path / "run/samples.npy")
+    assert samples.shape == (4, 16, 16, 3) and samples.dtype == np.uint8
+
+
+def stop_after(monkeypatch, step, number=signal.SIGTERM):
+    update = script.update_ema
+
+    def update_and_stop(ema, model, at, decay):
+        update(ema, model, at, decay)
+        if at + 1 == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(script, "update_ema", update_and_stop)
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (4, signal.SIGINT)])
+def test_resume_equals_uninterrupted(tmp_path, monkeypatch, capsys, step, number):
+    flags = ["--dropout", "0.2", "--flip", "--epochs", "1", "--batch-size", "24"]  # 9 steps of 24 images
+    flags = [f for f in TINY if f not in ("--steps", "6")] + flags
+    monkeypatch.setattr(script, "TINY", flags, raising=False)
+    script.main([*flags, "--out-dir", str(tmp_path / "whole")])
+    with monkeypatch.context() as m:
+        stop_after(m, step, number)
+        with pytest.raises(SystemExit) as stopped:
+            script.main([*flags, "--out-dir", str(tmp_path / "parts")])
+    assert "--resume" in str(stopped.value)
+    assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == step
+    script.main(["--resume", "--out-dir", str(tmp_path / "parts")])
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    for key in ("step", "history", "model", "ema", "optimizer", "losses"):
+        assert_same(whole[key], parts[key])
+    assert np.array_equal(np.load(tmp_path / "whole/samples.npy"), np.load(tmp_path / "parts/samples.npy"))
+
+
+def test_two_processes_equal_one(tmp_path):
+    def launch(n, name):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "tests/launch.py"]
+        flags = [*TINY, "--out-dir", str(tmp_path / name)]
+        root = Path(__file__).parent.parent
+        subprocess.run([*command, *flags], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+        history = json.loads((tmp_path / name / "history.json").read_text())
+        return history, np.load(tmp_path / name / "reconstructions.npz")["draws"]
+
+    (one, one_draws), (two, two_draws) = launch(1, "one"), launch(2, "two")
+    for key in one:
+        np.testing.assert_allclose(one[key], two[key], rtol=1e-4)
+    np.testing.assert_allclose(one_draws, two_draws, atol=2e-3)
+
+
+def test_sampling_from_a_checkpoint(tmp_path):
+    run(tmp_path / "run")
+    flags = ["--sample", str(tmp_path / "run/last.pt"), "--out-dir", str(tmp_path / "again")]
+    script.main(flags)
+    assert np.array_equal(np.load(tmp_path / "run/samples.npy"), np.load(tmp_path / "again/samples.npy"))
+    script.main([*flags, "--num-draws", "3", "--sampler", "ddpm", "--sample-steps", "7", "--num-samples", "5"])
+    assert np.load(tmp_path / "again/reconstructions.npz")["draws"].shape == (3, 5, 3, 16, 16)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    loss = script.masked_loss
+    calls = []
+
+    def diverging(out, *rest):
+        calls.append(1)
+        return loss(out, *rest) * (math.nan if len(calls) > 12 else 1)
+
+    monkeypatch.setattr(script, "masked_loss", diverging)
+    with pytest.raises(SystemExit, match="the loss became nan by step"):
+        run(tmp_path, "--save-every", "1")
+    checkpoint = script.load_checkpoint(tmp_path / "last.pt")
+    assert all(p.isfinite().all() for p in checkpoint["model"].values())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+
+    def full_disk(temporary):
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(script.UserError, match=r"last.pt: cannot be written .*No space left"):
+        script.write(path, full_disk)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--sparsity 0", "argument --sparsity: must lie in (0, 1), got 0"),
+        ("--sparsity 1", "argument --sparsity: must lie in (0, 1), got 1"),
+        ("--sparsity -0.1", "argument --sparsity: must lie in (0, 1), got -0.1"),
+        ("--sparsity much", "argument --sparsity: invalid float value: 'much'"),
+        ("--sparsity 0.6", "--sparsity 0.6 and --target-sparsity 0.6: the masks are disjoint, so their sum must not exceed 1"),
+        ("--image-size 30 --dim-mults 1 2 4", "--image-size 30: the U-Net halves it 2 times, so it must be a multiple of 4"),
+        ("--sample-steps 100", "--sample-steps 100: at most --num-timesteps, 50"),
+        ("--steps 5 --epochs 1", "argument --epochs: not allowed with argument --steps"),
+        ("--mask-pattern stripes", "argument --mask-pattern: invalid choice: 'stripes'"),
+        ("--batch-size 0", "argument --batch-size: must lie in [1,"),
+    ],
+)
+def test_bad_flags_exit_with_2(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path / "run", *flags.split())
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.value.code == 2 and message in last_line and not (tmp_path / "run").exists()
+
+
+def test_bad_files_exit_with_1(tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"script": "ddpm"}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    run(tmp_path / "run")
+    whole = (tmp_path / "run/last.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    sample = ["--sample", None, "--out-dir", str(tmp_path / "out")]
+    for flags, message in [
+        (["--data", "cifar"], "--data cifar: neither a data set"),
+        (["--data", str(tmp_path / "empty")], "no images in it"),
+        (["--device", "cuda:99"], "--device cuda:99: "),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            run(tmp_path / "new", *flags)
+        assert message in error.value.code and "\n" not in error.value.code and not (tmp_path / "new").exists()
+    for name, message in [
+        ("missing.pt", "no such checkpoint"),
+        ("text.pt", "not a checkpoint, or a damaged one"),
+        ("half.pt", "not a checkpoint, or a damaged one"),
+        ("list.pt", "not a checkpoint, or a damaged one"),
+        ("foreign.pt", "a checkpoint of ddpm.py, not of sparse_ddpm.py"),
+    ]:
+        sample[1] = str(tmp_path / name)
+        with pytest.raises(SystemExit) as error:
+            script.main(sample)
+        assert f"{tmp_path / name}: {message}" in error.value.code and not (tmp_path / "out").exists()
+    assert (tmp_path / "run/last.pt").read_bytes() == whole
+
+
+def test_a_run_is_not_overwritten_or_resumed_as_another(tmp_path, capsys):
+    run(tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    for flags, message in [
+        ([*TINY], "holds a run already; continue it with --resume, replace it with --overwrite"),
+        (["--resume", "--sparsity", "0.3"], "--sparsity 0.3: the checkpoint was made with 0.2"),
+        (["--resume", "--dim", "16"], "--dim 16: the checkpoint was made with 8"),
+    ]:
+        with pytest.raises(SystemExit) as error:
+            script.main([*flags, "--out-dir", str(tmp_path)])
+        assert error.value.code == 2 and message in capsys.readouterr().err
+        assert (tmp_path / "last.pt").read_bytes() == before
+    script.main(["--resume", "--steps", "8", "--out-dir", str(tmp_path)])  # a longer run is still the same run
+    assert script.load_checkpoint(tmp_path / "last.pt")["step"] == 8
+    run(tmp_path, "--overwrite", "--sparsity", "0.3")
+    assert script.load_checkpoint(tmp_path / "last.pt")["config"]["sparsity"] == 0.3
