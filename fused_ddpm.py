@@ -59,7 +59,7 @@ STEP_NOISE, START_NOISE, MASK_KEYS = 0, 1, 2  # streams, so that no two uses eve
 
 
 def philox(counter, key):
-    """Four words, int64 in [0, 2^32), from four counter words and two key words of the same kind (any shapes that broadcast)."""
+    """Four words from four counter words and two key words, all int64 in [0, 2^32), of shapes that broadcast."""
     low, (c0, c1, c2, c3), (k0, k1) = 0xFFFFFFFF, counter, key
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around, which leaves all 64 bits right
@@ -92,7 +92,7 @@ def normal_reference(seeds, n, step, stream, dtype=torch.float32):
 # One reverse step.
 
 
-def posterior_step_reference(x_t, out, coefficients, step, seeds, out_uncond=None, guidance_scale=1.0, stream=STEP_NOISE, clip=True):
+def posterior_step_reference(x_t, out, coefficients, step, seeds, out_uncond=None, guidance_scale=1.0, stream=0, clip=True):
     """posterior_step in PyTorch; x_t may also be float64 here, then so is all arithmetic."""
     k_x, k_o, a, b, s = coefficients[step].to(x_t.dtype).reshape(5).unbind()
     out = out.to(x_t.dtype)
@@ -150,7 +150,7 @@ def masked_loss_reference(pred, target, target_mask=None, cond_mask=None, cond_w
     d = {"l2": diff**2, "l1": size, "huber": torch.where(size < 1, 0.5 * diff**2, size - 0.5)}[kind]
     w = torch.ones_like(d) if target_mask is None else target_mask.to(dtype)
     if cond_mask is not None:
-        w = (w + cond_weight * cond_mask.to(dtype))
+        w = w + cond_weight * cond_mask.to(dtype)
     w = w.clamp(max=1).expand_as(d)
     total = w.sum()
     return (w * d).sum() / torch.where(total > 0, total, 1)

@@ -111,7 +111,8 @@ def load_folder(folder, image_size, train):
     if not direct:
         labelled = [(path, label) for label, group in enumerate(filter(None, groups)) for path in group]
     if len(labelled) < 2:
-        raise DataError(f"--data {folder}: {len(labelled) or 'no'} images in it or its sub-folders; at least 2 are needed")
+        found = ["no images", "1 image"][len(labelled)]
+        raise DataError(f"--data {folder}: {found} in it or its sub-folders; at least 2 are needed")
     test = []
     for label in dict.fromkeys(label for _, label in labelled):
         group = [item for item in labelled if item[1] == label]

@@ -41,34 +41,18 @@ from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, see
 from images import DataError, choose_data, load_images
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SCRIPT = Path(__file__).stem
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config. Flags given on the command line win over the preset, the preset over the defaults.
+# Config. A flag on the command line wins over the preset. small suits two CPU cores, full is the configuration for a GPU.
 
-DEFAULTS = dict(
-    data="auto", data_dir="data", sparsity=0.2, target_sparsity=None, cond_weight=0.05, mask_mode="random_epoch",
-    mask_pattern="random", num_timesteps=1000, loss="l2", steps=None, epochs=None, grad_clip=1.0, eta=0.0,
-    enforce_observed=True, preset="auto", seed=0, device="auto", amp="auto", compile=False, out_dir=f"out/{SCRIPT}",
-    save_every=500, sample_every=None, resume=False, overwrite=False, sample=None,
-)  # fmt: skip
-PRESETS = {
-    "small": dict(  # two CPU cores, minutes: the network does most of its work on 16x16 and 8x8 maps
-        image_size=32, flip=False, dim=16, dim_mults=[1, 4, 6], num_blocks=1, attn_resolutions=[], dropout=0.0,
-        schedule="cosine", objective="x0", steps=1600, batch_size=32, lr=2e-3, lr_schedule="cosine", ema_decay=0.995,
-        sampler="ddim", sample_steps=20, num_samples=256, num_draws=8,
-    ),
-    "full": dict(  # one GPU, hours: 15M parameters
-        image_size=32, flip=True, dim=128, dim_mults=[1, 2, 2], num_blocks=2, attn_resolutions=[16, 8], dropout=0.1,
-        schedule="linear", objective="eps", epochs=50, batch_size=128, lr=2e-4, lr_schedule="constant", ema_decay=0.9999,
-        sampler="ddpm", sample_steps=1000, num_samples=512, num_draws=8,
-    ),
-}  # fmt: skip
 MODEL_FLAGS = {"image_size", "dim", "dim_mults", "num_blocks", "attn_resolutions", "num_timesteps", "schedule", "objective"}
-SAMPLING_FLAGS = {"sampler", "sample_steps", "eta", "num_samples", "num_draws", "enforce_observed"}
-RUN_FLAGS = {"data_dir", "preset", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
+# What a resumed run may change; all else would make it another run.
+FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "num_samples", "num_draws", "enforce_observed", "preset",
+              "data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite",
+              "sample"}  # fmt: skip
 
 
 class UserError(Exception):
@@ -80,7 +64,7 @@ def number(kind, low, high, ends="[]"):
 
     def parse(text):
         value = kind(text)
-        if not (low < value or (low == value and ends[0] == "[")) or not (value < high or (value == high and ends[1] == "]")):
+        if not (low < value < high or (value == low and ends[0] == "[") or (value == high and ends[1] == "]")):
             raise argparse.ArgumentTypeError(f"must lie in {ends[0]}{low}, {high}{ends[1]}, got {text}")
         return value
 
@@ -89,100 +73,104 @@ def number(kind, low, high, ends="[]"):
 
 
 def build_parser():
-    count = number(int, 1, 2**31)
-    onoff = argparse.BooleanOptionalAction
-    p = argparse.ArgumentParser(prog=f"{SCRIPT}.py", description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    g = p.add_argument_group("data")
-    g.add_argument("--data", help="cifar10, fashion_mnist, mnist, shapes or a folder; auto follows the preset")
-    g.add_argument("--data-dir", help="where downloaded data sets are kept")
-    g.add_argument("--image-size", type=count, help="side in pixels")
-    g.add_argument("--flip", action=onoff, help="mirror half of the training images")
-    g = p.add_argument_group("sparsity")
-    g.add_argument("--sparsity", type=number(float, 0, 1, "()"), help="fraction of the pixels that the network sees")
-    g.add_argument("--target-sparsity", type=number(float, 0, 1, "()"), help="fraction the loss is taken on; the same if not given")
-    g.add_argument("--cond-weight", type=number(float, 0, 1), help="weight of the observed pixels in the loss")
-    g.add_argument("--mask-mode", choices=["random_epoch", "fixed", "random"],
-                   help="an image's masks are new in each epoch, the same for ever, or new each time it is drawn")  # fmt: skip
-    g.add_argument("--mask-pattern", choices=list(PATTERNS), help="how the pixels are scattered")
-    g = p.add_argument_group("model")
-    g.add_argument("--dim", type=count, help="channels at full resolution")
-    g.add_argument("--dim-mults", type=count, nargs="+", help="channels of each level, as multiples of dim")
-    g.add_argument("--num-blocks", type=count, help="residual blocks of each level, going down and going up")
-    g.add_argument("--attn-resolutions", type=count, nargs="*", help="sides of the feature maps that get attention")
-    g.add_argument("--dropout", type=number(float, 0, 1, "[)"), help="inside the residual blocks")
-    g = p.add_argument_group("diffusion")
-    g.add_argument("--num-timesteps", type=count, help="steps of the forward process")
-    g.add_argument("--schedule", choices=["linear", "cosine", "sigmoid"], help="of the noise variances beta")
-    g.add_argument("--objective", choices=["eps", "v", "x0"], help="what the network predicts: noise, velocity, image")
-    g.add_argument("--loss", choices=["l2", "l1", "huber"], help="distance to it")
-    g = p.add_argument_group("training")
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count, help="optimizer steps")
-    length.add_argument("--epochs", type=count, help="the same in passes over the data")
-    g.add_argument("--batch-size", type=count, help="images a step, over all processes")
-    g.add_argument("--lr", type=number(float, 0, 1, "(]"), help="peak learning rate of Adam")
-    g.add_argument("--lr-schedule", choices=["constant", "cosine"], help="after the warm-up; cosine ends at 0")
-    g.add_argument("--grad-clip", type=number(float, 0, math.inf, "(]"), help="largest norm of the gradient")
-    g.add_argument("--ema-decay", type=number(float, 0, 1, "[)"), help="of the averaged weights, those sampled from")
-    g = p.add_argument_group("sampling")
-    g.add_argument("--sampler", choices=["ddpm", "ddim"], help="ancestral sampling or DDIM")
-    g.add_argument("--sample-steps", type=count, help="network calls for an image, at most num-timesteps")
-    g.add_argument("--eta", type=number(float, 0, 1), help="noise of DDIM: 0 none, 1 as much as DDPM")
-    g.add_argument("--num-samples", type=count, help="test images to reconstruct")
-    g.add_argument("--num-draws", type=count, help="K, reconstructions of each")
-    g.add_argument("--enforce-observed", action=onoff, help="put the observed pixels back at the end")
-    g = p.add_argument_group("run")
-    g.add_argument("--preset", choices=["auto", *PRESETS], help="auto: full on a GPU, small on a CPU")
-    g.add_argument("--seed", type=number(int, 0, 2**31 - 1), help="of everything random")
-    g.add_argument("--device", help="cuda, cpu, ...; auto takes the GPU if there is one")
-    g.add_argument("--amp", choices=["auto", "on", "off"], help="bfloat16 autocast; auto: where the processor has it in hardware")
-    g.add_argument("--compile", action=onoff, help="torch.compile the network: a slow start, then faster steps")
-    g.add_argument("--out-dir", help="where everything is written")
-    g.add_argument("--save-every", type=count, help="steps between checkpoints")
-    g.add_argument("--sample-every", type=count, help="steps between pictures; a fifth of the run if not given")
-    g.add_argument("--resume", action=onoff, help="continue the run in out-dir")
-    g.add_argument("--overwrite", action=onoff, help="replace the run in out-dir")
-    g.add_argument("--sample", metavar="CHECKPOINT", help="train nothing, reconstruct with these weights")
-    for action in p._actions:
-        if action.dest in PRESETS["small"]:
-            action.help += f" (small {PRESETS['small'][action.dest]}, full {PRESETS['full'].get(action.dest)})"
-        elif DEFAULTS.get(action.dest) not in (None, False):
-            action.help += f" ({DEFAULTS[action.dest]})"
-    return p
+    """The parser, which leaves out what is not given, and the values of every flag under each preset."""
+    title = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", title, argument_default=argparse.SUPPRESS)
+    presets = {"small": {}, "full": {}}
+    count, share, groups = number(int, 1, 2**31), number(float, 0, 1), []
+
+    def flag(name, kind, small, text, full=None, into=None, **more):
+        """kind: a type, the choices, or bool. small: the value under that preset, full: under the other if it differs."""
+        full = small if full is None else full
+        presets["small"][name.replace("-", "_")], presets["full"][name.replace("-", "_")] = small, full
+        shown = f" ({small})" if small == full else f" (small {small}, full {full})"
+        kinds = {bool: {"action": argparse.BooleanOptionalAction}, list: {"choices": kind}}
+        more |= kinds.get(kind if kind is bool else type(kind), {"type": kind})
+        (into or groups[-1]).add_argument(f"--{name}", help=text + shown * (small is not None or full is not None), **more)
+
+    groups.append(parser.add_argument_group("data"))
+    flag("data", str, "auto", "cifar10, fashion_mnist, mnist, shapes, a folder; auto: fashion_mnist if small, cifar10 if full")
+    flag("data-dir", str, "data", "where downloaded data sets are kept")
+    flag("image-size", count, 32, "side in pixels")
+    flag("flip", bool, False, "mirror half of the training images", full=True)
+    groups.append(parser.add_argument_group("sparsity"))
+    flag("sparsity", number(float, 0, 1, "()"), 0.2, "fraction of the pixels that the network sees")
+    flag("target-sparsity", number(float, 0, 1, "()"), None, "fraction the loss is taken on; by default the same")
+    flag("cond-weight", share, 0.05, "weight of the observed pixels in the loss")
+    flag("mask-mode", ["random_epoch", "fixed", "random"], "random_epoch", "masks are new in each epoch, never, or at each use")
+    flag("mask-pattern", list(PATTERNS), "random", "how the pixels are scattered")
+    groups.append(parser.add_argument_group("model"))
+    flag("dim", count, 16, "channels at full resolution", full=128)
+    flag("dim-mults", count, [1, 4, 6], "channels of each level, as multiples of dim", full=[1, 2, 2], nargs="+")
+    flag("num-blocks", count, 1, "residual blocks of each level, going down and going up", full=2)
+    flag("attn-resolutions", count, [], "sides of the feature maps that get attention", full=[16, 8], nargs="*")
+    flag("dropout", number(float, 0, 1, "[)"), 0.0, "inside the residual blocks", full=0.1)
+    groups.append(parser.add_argument_group("diffusion"))
+    flag("num-timesteps", count, 1000, "steps of the forward process")
+    flag("schedule", ["linear", "cosine", "sigmoid"], "cosine", "of the noise variances beta", full="linear")
+    flag("objective", ["eps", "v", "x0"], "x0", "what the network predicts: noise, velocity or image", full="eps")
+    flag("loss", list(fused_ddpm.LOSS_KINDS), "l2", "distance to it")
+    groups.append(parser.add_argument_group("training"))
+    length = groups[-1].add_mutually_exclusive_group()
+    flag("steps", count, 1600, "optimizer steps", full=0, into=length)
+    flag("epochs", count, 0, "the same in passes over the data", full=50, into=length)
+    flag("batch-size", count, 32, "images a step, over all processes; also that of sampling", full=128)
+    flag("lr", number(float, 0, 1, "(]"), 2e-3, "peak learning rate of Adam", full=2e-4)
+    flag("lr-schedule", ["constant", "cosine"], "cosine", "after the warm-up; cosine ends at 0", full="constant")
+    flag("grad-clip", number(float, 0, math.inf, "(]"), 1.0, "largest norm of the gradient")
+    flag("ema-decay", number(float, 0, 1, "[)"), 0.995, "of the averaged weights, those sampled from", full=0.9999)
+    groups.append(parser.add_argument_group("sampling"))
+    flag("sampler", ["ddpm", "ddim"], "ddim", "ancestral sampling or DDIM", full="ddpm")
+    flag("sample-steps", count, 20, "network calls for an image, at most num-timesteps", full=1000)
+    flag("eta", share, 0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
+    flag("num-samples", count, 256, "test images to reconstruct")
+    flag("num-draws", count, 8, "K, reconstructions of each")
+    flag("enforce-observed", bool, True, "put the observed pixels back at the end")
+    groups.append(parser.add_argument_group("run"))
+    flag("preset", ["auto", *presets], "auto", "auto: full on a GPU, small on a CPU")
+    flag("seed", number(int, 0, 2**31 - 1), 0, "of everything random")
+    flag("device", str, "auto", "cuda, cpu, ...; auto takes the GPU if there is one")
+    flag("amp", ["auto", "on", "off"], "auto", "bfloat16 autocast; auto: where the hardware multiplies it")
+    flag("compile", bool, False, "torch.compile the network: a slow start, then faster steps")
+    flag("out-dir", str, f"out/{SCRIPT}", "where everything is written")
+    flag("save-every", count, 500, "steps between checkpoints")
+    flag("sample-every", count, None, "steps between pictures; by default a fifth of the run")
+    flag("resume", bool, False, "continue the run in out-dir")
+    flag("overwrite", bool, False, "replace the run in out-dir")
+    flag("sample", str, None, "train nothing, reconstruct with the weights of this checkpoint", metavar="CHECKPOINT")
+    return parser, presets
 
 
 def get_config(argv):
     """Command line -> (namespace, checkpoint or None). Flags that do not fit exit with status 2, files with UserError."""
-    parser = build_parser()
+    parser, presets = build_parser()
     given = vars(parser.parse_args(argv))
-    run = DEFAULTS | given
+    run, checkpoint = presets["small"] | given, None
     device = run["device"] if run["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint, out_dir = None, Path(run["out_dir"])
     if run["sample"] or run["resume"]:
-        checkpoint = load_checkpoint(run["sample"] or out_dir / "last.pt")
-        base = checkpoint["config"]
-        frozen = MODEL_FLAGS if run["sample"] else base.keys() - SAMPLING_FLAGS - RUN_FLAGS - {"steps", "epochs"}
-        for flag in sorted(frozen & given.keys()):
-            if given[flag] != base[flag]:
-                name = "--" + flag.replace("_", "-")
-                parser.error(f"{name} {given[flag]}: the checkpoint was made with {base[flag]}; leave {name} out or start anew")
-        base = base | dict.fromkeys(["sample", "resume", "overwrite"]) | {"device": "auto", "out_dir": DEFAULTS["out_dir"]}
+        checkpoint = load_checkpoint(Path(run["sample"] or Path(run["out_dir"], "last.pt")))
+        config = checkpoint["config"]
+        for name in sorted(given.keys() & (MODEL_FLAGS if run["sample"] else config.keys() - FREE_FLAGS)):
+            if given[name] != config[name]:
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag} {given[name]}: the checkpoint was made with {config[name]}; leave it out or start anew")
+        config = config | {name: run[name] for name in ("sample", "resume", "overwrite", "out_dir")}
     else:
         preset = run["preset"] if run["preset"] != "auto" else "full" if device.startswith("cuda") else "small"
-        base = DEFAULTS | PRESETS[preset] | {"preset": preset}
-        if not run["overwrite"] and (out_dir / "last.pt").exists():
-            parser.error(f"--out-dir {out_dir}: holds a run already; continue it with --resume, replace it with --overwrite")
+        config = presets[preset] | {"preset": preset}
+        if not run["overwrite"] and Path(run["out_dir"], "last.pt").exists():
+            parser.error(f"--out-dir {run['out_dir']}: holds a run already; --resume continues it, --overwrite replaces it")
     if "steps" in given or "epochs" in given:
-        base = base | {"steps": None, "epochs": None}
-    args = argparse.Namespace(**(base | {k: v for k, v in given.items() if k != "preset"}))
-    args.device = device
+        config = config | {"steps": 0, "epochs": 0}
+    args = argparse.Namespace(**(config | given | {"device": device, "preset": config["preset"]}))
     args.target_sparsity = args.target_sparsity or args.sparsity
     if args.sparsity + args.target_sparsity > 1:
         parser.error(f"--sparsity {args.sparsity} and --target-sparsity {args.target_sparsity}: the masks are disjoint, "
                      "so their sum must not exceed 1")  # fmt: skip
     halvings = len(args.dim_mults) - 1
     if args.image_size % 2**halvings:
-        parser.error(f"--image-size {args.image_size}: the U-Net halves it {halvings} times, so it must be a multiple of {2**halvings}")
+        parser.error(f"--image-size {args.image_size}: the U-Net halves it {halvings} times, so it must be a multiple of "
+                     f"{2**halvings}")  # fmt: skip
     if args.sample_steps > args.num_timesteps:
         parser.error(f"--sample-steps {args.sample_steps}: at most --num-timesteps, {args.num_timesteps}")
     return args, checkpoint
@@ -746,8 +734,9 @@ def run(args, checkpoint):
     test, _ = load_images(args.data, args.data_dir, args.image_size, train=False)
     if rank() == 0 and world() > 1:
         dist.barrier()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))  # a tenth is for validation
-    val, images = images[order[: max(len(order) // 10, 1)]], images[order[max(len(order) // 10, 1) :]]
+    shuffled = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]  # folders come sorted by class
+    images, test = shuffled(images), shuffled(test)
+    val, images = images.split([max(len(images) // 10, 1), len(images) - max(len(images) // 10, 1)])
     images, held_out = images.to(device), {"val": val[:128].to(device), "test": test[:128].to(device)}
     channels = images.shape[1]
 

@@ -77,16 +77,39 @@ def test_28_is_padded_to_32():
     assert images.resize(picture, 64).shape == (2, 1, 64, 64)
 
 
+def empty(folder):
+    pass
+
+
+def only_text(folder):
+    (folder / "notes.txt").write_text("hello")
+
+
+def one_image(folder):
+    save_image(folder / "one.png", np.zeros((8, 8)))
+
+
+def broken_image(folder):
+    for i in range(3):
+        save_image(folder / f"{i}.png", np.zeros((8, 8)))
+    (folder / "2.png").write_bytes(b"\x89PNG broken")
+
+
+def images_at_two_levels(folder):
+    save_image(folder / "a.png", np.zeros((8, 8)))
+    save_image(folder / "class" / "b.png", np.zeros((8, 8)))
+
+
 @pytest.mark.parametrize(
     "prepare, message",
     [
-        (lambda d: None, "no images in it"),
-        (lambda d: (d / "notes.txt").write_text("hello"), "no images in it"),
-        (lambda d: save_image(d / "one.png", np.zeros((8, 8))), "1 images in it"),
-        (lambda d: [save_image(d / f"{i}.png", np.zeros((8, 8))) for i in range(3)] + [(d / "2.png").write_bytes(b"\x89PNG broken")], "2.png: cannot be read as an image"),
-        (lambda d: [save_image(d / "a.png", np.zeros((8, 8))), save_image(d / "class" / "b.png", np.zeros((8, 8)))], "both directly and in sub-folders"),
+        (empty, "no images in it"),
+        (only_text, "no images in it"),
+        (one_image, "1 image in it"),
+        (broken_image, "2.png: cannot be read as an image"),
+        (images_at_two_levels, "both directly and in sub-folders"),
     ],
-)  # fmt: skip
+)
 def test_bad_folders(tmp_path, prepare, message):
     prepare(tmp_path)
     with pytest.raises(DataError, match=message):
@@ -94,7 +117,7 @@ def test_bad_folders(tmp_path, prepare, message):
 
 
 def test_unknown_name():
-    with pytest.raises(DataError, match="--data cifar: neither a data set .* nor a folder"):
+    with pytest.raises(DataError, match=r"--data cifar: neither a data set .* nor a folder"):
         load_images("cifar")
 
 
@@ -107,7 +130,7 @@ def test_offline_auto_falls_back_and_a_named_set_fails(tmp_path, monkeypatch, ca
     assert choose_data("auto", full=False, data_dir=tmp_path) == "shapes"
     assert capsys.readouterr().out.count("\n") == 1
     assert choose_data("mnist", full=False, data_dir=tmp_path) == "mnist"
-    with pytest.raises(DataError, match="mnist is not in .* and cannot be downloaded: .*no network"):
+    with pytest.raises(DataError, match=r"mnist is not in .* and cannot be downloaded: .*no network"):
         load_images("mnist", tmp_path)
 
 

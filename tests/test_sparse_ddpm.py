@@ -16,7 +16,8 @@ import torch
 import fused_ddpm
 import sparse_ddpm as script
 
-TINY = "--data shapes --image-size 16 --dim 8 --dim-mults 1 2 --steps 6 --batch-size 16 --num-timesteps 50 --sample-steps 4 --num-samples 4 --num-draws 2 --lr 1e-3 --save-every 2".split()
+TINY = """--data shapes --image-size 16 --dim 8 --dim-mults 1 2 --steps 6 --batch-size 16 --num-timesteps 50 --sample-steps 4
+--num-samples 4 --num-draws 2 --lr 1e-3 --save-every 2""".split()
 
 
 def run(out_dir, *flags):
@@ -102,7 +103,7 @@ def test_unet_shapes_and_gradients(mults, blocks, attention):
 
 
 def test_full_preset_has_about_15_million_parameters():
-    flags = {k: script.PRESETS["full"][k] for k in ("dim", "dim_mults", "num_blocks", "attn_resolutions", "dropout")}
+    flags = {k: script.build_parser()[1]["full"][k] for k in ("dim", "dim_mults", "num_blocks", "attn_resolutions", "dropout")}
     count = sum(p.numel() for p in script.Unet(9, 3, 32, **flags).parameters())
     assert 14.5e6 < count < 16e6
 
@@ -212,7 +213,8 @@ def test_interpolation_keeps_a_constant_and_what_is_seen():
 
 
 def test_a_run_learns_and_writes_everything(tmp_path):
-    run(tmp_path / "run", "--steps", "120", "--sample-every", "60", "--lr", "5e-3", "--dim", "16", "--num-timesteps", "1000", "--sample-steps", "8", "--num-draws", "3")
+    flags = "--steps 120 --sample-every 60 --lr 5e-3 --dim 16 --num-timesteps 1000 --sample-steps 8 --num-draws 3"
+    run(tmp_path / "run", *flags.split())
     files = {p.name for p in (tmp_path / "run").iterdir()}
     assert files == {"last.pt", "config.json", "history.json", "loss.png", "metrics.json", "reconstructions.npz",
                      "reconstructions.png", "samples.npy", "step_000060.png"}  # fmt: skip
@@ -263,10 +265,9 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (4, signal.SIGINT)])
-def test_resume_equals_uninterrupted(tmp_path, monkeypatch, capsys, step, number):
-    flags = ["--dropout", "0.2", "--flip", "--epochs", "1", "--batch-size", "24"]  # 9 steps of 24 images
-    flags = [f for f in TINY if f not in ("--steps", "6")] + flags
-    monkeypatch.setattr(script, "TINY", flags, raising=False)
+def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step, number):
+    steps = TINY.index("--steps")
+    flags = [*TINY[:steps], *TINY[steps + 2 :], *"--dropout 0.2 --flip --epochs 1 --batch-size 24".split()]  # 9 steps
     script.main([*flags, "--out-dir", str(tmp_path / "whole")])
     with monkeypatch.context() as m:
         stop_after(m, step, number)
@@ -390,7 +391,7 @@ def test_a_run_is_not_overwritten_or_resumed_as_another(tmp_path, capsys):
     run(tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
     for flags, message in [
-        ([*TINY], "holds a run already; continue it with --resume, replace it with --overwrite"),
+        ([*TINY], "holds a run already; --resume continues it, --overwrite replaces it"),
         (["--resume", "--sparsity", "0.3"], "--sparsity 0.3: the checkpoint was made with 0.2"),
         (["--resume", "--dim", "16"], "--dim 16: the checkpoint was made with 8"),
     ]:
