@@ -118,13 +118,13 @@ def posterior_step(x_t, out, coefficients, step, seeds, out_uncond=None, guidanc
     x_t: float32 (B, ...), contiguous or channels_last. out, out_uncond: the same shape, float32, bfloat16 or float16.
     coefficients: float32 (steps, 5), rows (k_x, k_o, a, b, s). step: the row, an int or an int64 tensor of one element on
     x_t's device, which lets a CUDA graph replay the call for every step. seeds: int64 (B,), one an image.
-    Returns float32 like x_t. Raises ValueError, TypeError or IndexError for arguments that do not fit.
+    Returns float32 like x_t; no gradient flows through. Raises ValueError, TypeError or IndexError where these do not fit.
     """
+    if not isinstance(step, torch.Tensor) and not 0 <= step < len(coefficients):
+        raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
     if not fused(x_t.device):
         return posterior_step_reference(x_t, out, coefficients, step, seeds, out_uncond, guidance_scale, stream, clip)
     if not isinstance(step, torch.Tensor):
-        if not 0 <= step < len(coefficients):
-            raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
         step = torch.full((), step, dtype=torch.int64, device=x_t.device)
     return torch.ops.fused_ddpm.posterior_step(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip)
 
@@ -132,7 +132,7 @@ def posterior_step(x_t, out, coefficients, step, seeds, out_uncond=None, guidanc
 def seeded_normal(seeds, shape):
     """The start of a reverse process: standard normals, float32 (B, *shape), a function of seeds (B,) int64 alone."""
     zeros = torch.zeros(len(seeds), *shape, device=seeds.device)
-    only_noise = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]], device=seeds.device)
+    only_noise = torch.eye(5, device=seeds.device)[4:]  # s = 1; made on the device, so that a CUDA graph may hold it
     return posterior_step(zeros, zeros, only_noise, 0, seeds, stream=START_NOISE)
 
 
@@ -164,11 +164,14 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
 
     pred: (B, C, H, W), or any shape without masks; float32, float64, bfloat16 or float16. target: the same shape.
     target_mask, cond_mask: (B, 1, H, W) or (B, C, H, W), bool, uint8 or float in [0, 1]. kind: l2, l1 or huber (beta = 1).
-    Returns a scalar, float64 for float64 and else float32. Summed in a fixed order: the same bits each run.
+    Returns a scalar, float64 for float64 and else float32, differentiable once by pred and target. Summed in a fixed order:
+    the same bits each run.
     Raises ValueError or TypeError for arguments that do not fit.
     """
     if kind not in LOSS_KINDS:
         raise ValueError(f"masked_loss: kind must be one of {', '.join(LOSS_KINDS)}, got {kind!r}")
+    if target_mask is None and cond_mask is not None:
+        raise ValueError("masked_loss: cond_mask needs a target_mask")
     if not fused(pred.device):
         return masked_loss_reference(pred, target, target_mask, cond_mask, cond_weight, kind)
     loss, _ = torch.ops.fused_ddpm.masked_loss(pred, target, target_mask, cond_mask, cond_weight, LOSS_KINDS[kind])
@@ -176,11 +179,15 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
 
 
 def _register():
-    """Shapes and dtypes of the extension's operators, for torch.compile."""
+    """Shapes, strides and dtypes of the extension's operators, for torch.compile."""
+
+    def dense(t):
+        channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+        return t if channels_last else t.contiguous()
 
     @torch.library.register_fake("fused_ddpm::posterior_step")
     def _(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip):
-        return torch.empty_like(x_t)
+        return torch.empty_like(dense(x_t))
 
     @torch.library.register_fake("fused_ddpm::masked_loss")
     def _(pred, target, target_mask, cond_mask, cond_weight, kind):
@@ -189,7 +196,7 @@ def _register():
 
     @torch.library.register_fake("fused_ddpm::masked_loss_backward")
     def _(grad, pred, target, target_mask, cond_mask, total, cond_weight, kind):
-        return torch.empty_like(pred)
+        return torch.empty_like(dense(pred))
 
 
 if BACKENDS:

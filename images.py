@@ -7,7 +7,9 @@ for a batch, and scale there. Names: cifar10, fashion_mnist, mnist (torchvision'
 here, needs no file), or the path of a folder of images.
 """
 
+import functools
 import gzip
+import itertools
 import math
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
@@ -28,6 +30,7 @@ TORCHVISION = {
 }
 SHAPES = ["circle", "ring", "triangle", "square", "hexagon", "star", "cross", "crescent", "bar", "half disc"]
 SHAPES_COUNT = {True: 30_000, False: 3_000}
+GREY = ("1", "L", "I;16")  # modes of PIL
 HELD_OUT = 10  # of a folder, the last tenth of each class is the test part
 
 
@@ -38,9 +41,9 @@ class DataError(Exception):
 def load_images(name, data_dir="data", image_size=32, train=True):
     """A data set as (images, labels): uint8 (N, C, image_size, image_size) and int64 (N,), the latter -1 without classes.
 
-    C is 1 for greyscale data, else 3. 28x28 images are padded to 32x32 with black; any other difference in size is mended
-    by cropping to the central square and resizing. `train` picks the part; of a folder, the last tenth of each class, by
-    file name, is the test part. Raises DataError.
+    C is 1 for greyscale data, else 3. The 28x28 images of mnist and fashion_mnist are padded to 32x32 with black; any other
+    difference in size is mended by cropping to the central square and resizing. `train` picks the part; of a folder, the
+    last tenth of each class, by file name, is the test part. Raises DataError.
     """
     if image_size < 4:
         raise DataError(f"--image-size {image_size}: must be at least 4")
@@ -72,8 +75,11 @@ def load_named(name, data_dir, train):
     """One of torchvision's data sets in its own size, from disk or else downloaded into data_dir."""
     if name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
         part = DEBIAN_FASHION_MNIST / ("train" if train else "t10k")
-        images = np.frombuffer(gzip.open(f"{part}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)  # after the idx header
-        labels = np.frombuffer(gzip.open(f"{part}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+        try:  # idx files: a header, then bytes
+            images = np.frombuffer(gzip.open(f"{part}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
+            labels = np.frombuffer(gzip.open(f"{part}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{part}-*.gz: cannot be read ({error}); reinstall the package dataset-fashion-mnist") from error
         return torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()), torch.from_numpy(labels.astype(np.int64))
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # offline behind a firewall, a connection attempt would otherwise hang for minutes
@@ -81,7 +87,8 @@ def load_named(name, data_dir, train):
         data = TORCHVISION[name](data_dir, train=train, download=True)
     except Exception as error:  # URLError, RuntimeError, OSError: torchvision raises whatever its attempt met
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name} is not in {data_dir} and cannot be downloaded: {reason}") from error
+        message = f"{name} is not in {data_dir} and cannot be downloaded ({reason}); put it there, or use --data shapes"
+        raise DataError(message) from error
     finally:
         socket.setdefaulttimeout(timeout)
     images = torch.as_tensor(data.data)
@@ -99,48 +106,64 @@ def resize(images, size):
     return torch.cat([p.round().clamp(0, 255).byte() for p in parts])
 
 
+@functools.cache
+def scan_folder(folder):
+    """([(file, label)], whether all are greyscale), in order of class and file name."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+    def images_of(paths):
+        return sorted(p for p in paths if p.is_file() and p.suffix.lower() in endings)
+
+    direct = images_of(folder.iterdir())
+    classes = [images_of(p.rglob("*")) for p in sorted(folder.iterdir()) if p.is_dir()]
+    if direct and any(classes):
+        raise DataError(f"--data {folder}: holds images both directly and in sub-folders; keep one of the two")
+    files = [(path, label) for label, paths in enumerate(filter(None, classes)) for path in paths]
+    files = files or [(path, -1) for path in direct]
+    if len(files) < 3:
+        raise DataError(f"--data {folder}: {len(files) or 'no'} images in it or its sub-folders; at least 3 are needed")
+    with ThreadPoolExecutor(8) as pool:
+        return files, all(pool.map(lambda item: open_image(item[0]).mode in GREY, files))
+
+
+def open_image(path):
+    try:
+        return Image.open(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); remove or replace it") from error
+
+
 def load_folder(folder, image_size, train):
     """A folder with one sub-folder for each class, or with images directly in it; greyscale if every image is."""
-    endings = set(Image.registered_extensions())
-    classes = sorted(p for p in folder.iterdir() if p.is_dir())
-    groups = [sorted(p for p in c.rglob("*") if p.suffix.lower() in endings) for c in classes]
-    direct = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in endings)
-    if direct and any(groups):
-        raise DataError(f"--data {folder}: holds images both directly and in sub-folders; keep one of the two")
-    labelled = [(path, -1) for path in direct]
-    if not direct:
-        labelled = [(path, label) for label, group in enumerate(filter(None, groups)) for path in group]
-    if len(labelled) < 2:
-        found = ["no images", "1 image"][len(labelled)]
-        raise DataError(f"--data {folder}: {found} in it or its sub-folders; at least 2 are needed")
-    test = []
-    for label in dict.fromkeys(label for _, label in labelled):
-        group = [item for item in labelled if item[1] == label]
-        test += group[len(group) - len(group) // HELD_OUT :] if len(group) >= HELD_OUT else []
-    test = test or labelled[-1:]
-    held_out = set(test)
-    chosen = [item for item in labelled if item not in held_out] if train else test
+    try:
+        files, grey = scan_folder(folder)
+    except OSError as error:
+        raise DataError(f"--data {folder}: cannot be read ({error})") from error
+    parts = {True: [], False: []}
+    for _, group in itertools.groupby(files, key=lambda item: item[1]):
+        group = list(group)
+        cut = len(group) - len(group) // HELD_OUT
+        parts[True] += group[:cut]
+        parts[False] += group[cut:]
+    if not parts[False]:  # a handful of images
+        parts[False] = [parts[True].pop()]
 
     def read(item):
         try:
-            with Image.open(item[0]) as image:
-                grey = image.mode in ("1", "L", "I;16")
-                image = image.convert("L" if grey else "RGB")
-        except Exception as error:  # PIL raises many kinds for a broken file
+            with open_image(item[0]) as image:
+                if image.mode == "I;16":  # convert would clip its 16 bits
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        except OSError as error:  # a broken file may open, and fail only here
             raise DataError(f"{item[0]}: cannot be read as an image ({error}); remove or replace it") from error
-        w, h = image.size
-        side = min(w, h)
-        box = ((w - side) // 2, (h - side) // 2, (w - side) // 2 + side, (h - side) // 2 + side)
-        if (w, h) != (image_size, image_size):
-            image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
         array = torch.from_numpy(np.array(image))
         return array[None] if grey else array.permute(2, 0, 1)
 
+    chosen = parts[train]
     with ThreadPoolExecutor(8) as pool:
         images = list(tqdm(pool.map(read, chosen), total=len(chosen), desc="reading images", disable=len(chosen) < 2000))
-    channels = max(len(image) for image in images)
-    labels = torch.tensor([label for _, label in chosen])
-    return torch.stack([image.expand(channels, -1, -1) for image in images]), labels
+    return torch.stack(images), torch.tensor([label for _, label in chosen])
 
 
 def draw_shapes(count, image_size, seed):

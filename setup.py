@@ -26,13 +26,13 @@ CXX_FLAGS = (
 
 try:
     import torch
-except ImportError:
+except (ImportError, OSError):
     # pip builds in an environment of its own. The torch of the environment it installs into is still within reach, and
     # building against any other would give a file that cannot be loaded there.
     sys.path += [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):
         torch = None  # none there: ask pip for one, by setup_requires below
 
 
@@ -74,7 +74,7 @@ def build_command(choices, no_cuda):
 
     class Build(BuildExtension):
         def run(self):
-            built, reason = [], no_cuda
+            built, reason, start = [], no_cuda, (self.inplace, self.compiler)
             for extension, backends in choices:
                 self.extensions = [extension]
                 try:
@@ -84,11 +84,16 @@ def build_command(choices, no_cuda):
                 except (Exception, SystemExit) as error:  # torch raises RuntimeError, setuptools errors of its own
                     if REQUIRED:
                         raise
-                    reason = f"building for {' and '.join(backends)} failed: {str(error).strip().splitlines()[0]}"
+                    problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    if os.name != "nt" and not shutil.which(os.environ.get("CXX", "c++")):
+                        problem = "no C++ compiler found"
+                    reason = f"building for {' and '.join(backends)} failed: {problem}"
                     print(f"fused_ddpm: {reason}", file=sys.stderr)
-                    self.extensions = []
+                    self.extensions, (self.inplace, self.compiler) = [], start  # run() leaves them changed when it fails
             path = Path(self.get_ext_fullpath("_fused_ddpm")).with_name("_fused_ddpm_build.json")
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not built:
+                Path(self.get_ext_fullpath("_fused_ddpm")).unlink(missing_ok=True)  # of an earlier build
             path.write_text(json.dumps({"torch": torch.__version__, "backends": built, "reason": reason}))
 
     return Build

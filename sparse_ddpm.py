@@ -19,6 +19,7 @@ MEASURED
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -34,14 +35,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import fused_ddpm
 from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, seeded_normal
 from images import DataError, choose_data, load_images
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SCRIPT = Path(__file__).stem
 
@@ -50,8 +49,8 @@ SCRIPT = Path(__file__).stem
 
 MODEL_FLAGS = {"image_size", "dim", "dim_mults", "num_blocks", "attn_resolutions", "num_timesteps", "schedule", "objective"}
 # What a resumed run may change; all else would make it another run.
-FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "num_samples", "num_draws", "enforce_observed", "preset",
-              "data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite",
+FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "num_samples", "num_draws", "enforce_observed", "data_dir",
+              "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite",
               "sample"}  # fmt: skip
 
 
@@ -123,8 +122,8 @@ def build_parser():
     flag("sampler", ["ddpm", "ddim"], "ddim", "ancestral sampling or DDIM", full="ddpm")
     flag("sample-steps", count, 20, "network calls for an image, at most num-timesteps", full=1000)
     flag("eta", share, 0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
-    flag("num-samples", count, 256, "test images to reconstruct")
-    flag("num-draws", count, 8, "K, reconstructions of each")
+    flag("num-samples", number(int, 1, 2**20), 256, "test images to reconstruct")
+    flag("num-draws", number(int, 1, 1000), 8, "K, reconstructions of each")
     flag("enforce-observed", bool, True, "put the observed pixels back at the end")
     groups.append(parser.add_argument_group("run"))
     flag("preset", ["auto", *presets], "auto", "auto: full on a GPU, small on a CPU")
@@ -132,7 +131,7 @@ def build_parser():
     flag("device", str, "auto", "cuda, cpu, ...; auto takes the GPU if there is one")
     flag("amp", ["auto", "on", "off"], "auto", "bfloat16 autocast; auto: where the hardware multiplies it")
     flag("compile", bool, False, "torch.compile the network: a slow start, then faster steps")
-    flag("out-dir", str, f"out/{SCRIPT}", "where everything is written")
+    flag("out-dir", str, f"out/{SCRIPT}", "where everything is written; with --sample, by default beside the checkpoint")
     flag("save-every", count, 500, "steps between checkpoints")
     flag("sample-every", count, None, "steps between pictures; by default a fifth of the run")
     flag("resume", bool, False, "continue the run in out-dir")
@@ -149,24 +148,32 @@ def get_config(argv):
     device = run["device"] if run["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if run["sample"] or run["resume"]:
         checkpoint = load_checkpoint(Path(run["sample"] or Path(run["out_dir"], "last.pt")))
-        config = checkpoint["config"]
-        for name in sorted(given.keys() & (MODEL_FLAGS if run["sample"] else config.keys() - FREE_FLAGS)):
-            if given[name] != config[name]:
+        saved, given = checkpoint["config"], {name: value for name, value in given.items() if value != "auto"}
+        for name in sorted(given.keys() & (MODEL_FLAGS if run["sample"] else saved.keys() - FREE_FLAGS)):
+            if given[name] != saved[name]:
                 flag = "--" + name.replace("_", "-")
-                parser.error(f"{flag} {given[name]}: the checkpoint was made with {config[name]}; leave it out or start anew")
-        config = config | {name: run[name] for name in ("sample", "resume", "overwrite", "out_dir")}
+                parser.error(f"{flag} {given[name]}: the checkpoint was made with {saved[name]}; leave it out or start anew")
+        folder = Path(run["sample"]).parent if run["sample"] else run["out_dir"]
+        config = (
+            presets[saved["preset"]] | saved | {"out_dir": str(folder), "sample": None, "resume": False, "overwrite": False}
+        )
+        if "steps" in given or "epochs" in given:  # another length, so other intervals
+            config |= {"log_every": None, "sample_every": None}
     else:
         preset = run["preset"] if run["preset"] != "auto" else "full" if device.startswith("cuda") else "small"
-        config = presets[preset] | {"preset": preset}
+        config = presets[preset]
+        config |= {"preset": preset, "sample_steps": min(config["sample_steps"], run["num_timesteps"]), "log_every": None}
         if not run["overwrite"] and Path(run["out_dir"], "last.pt").exists():
             parser.error(f"--out-dir {run['out_dir']}: holds a run already; --resume continues it, --overwrite replaces it")
     if "steps" in given or "epochs" in given:
-        config = config | {"steps": 0, "epochs": 0}
+        config |= {"steps": 0, "epochs": 0}
     args = argparse.Namespace(**(config | given | {"device": device, "preset": config["preset"]}))
-    args.target_sparsity = args.target_sparsity or args.sparsity
-    if args.sparsity + args.target_sparsity > 1:
-        parser.error(f"--sparsity {args.sparsity} and --target-sparsity {args.target_sparsity}: the masks are disjoint, "
-                     "so their sum must not exceed 1")  # fmt: skip
+    n, n_cond, n_target = mask_counts(args)
+    if args.sparsity + (args.target_sparsity or args.sparsity) > 1:
+        parser.error(f"--sparsity {args.sparsity} and --target-sparsity {args.target_sparsity or args.sparsity}: "
+                     "the masks are disjoint, so their sum must not exceed 1")  # fmt: skip
+    if not (n_cond and n_target and n_cond + n_target <= n):
+        parser.error(f"--sparsity {args.sparsity}: that is {n_cond} pixels to see and {n_target} to score of the {n} there are")
     halvings = len(args.dim_mults) - 1
     if args.image_size % 2**halvings:
         parser.error(f"--image-size {args.image_size}: the U-Net halves it {halvings} times, so it must be a multiple of "
@@ -197,6 +204,11 @@ def make_schedule(name, num_timesteps):
         betas = 1 - signal[1:] / signal[:-1]
     betas = betas.clamp(max=0.999)
     return betas, torch.cumprod(1 - betas, dim=0)
+
+
+def make_scales(alphas_cumprod):
+    """(T, 2) float32: what x_start and the noise are multiplied with in x_t."""
+    return torch.stack([alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()], dim=1).float()
 
 
 def sampling_table(alphas_cumprod, objective, sampler, sample_steps, eta=0.0):
@@ -272,7 +284,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.heads = max(1, channels // 64)
+        self.heads = math.gcd(channels, max(1, channels // 64))
         self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
@@ -351,33 +363,42 @@ def score_grid(words, size, n):
     """Every p-th pixel of a row, p = 1 / fraction, each row shifted against the last; the phase is random."""
     period = max(round(size * size / n), 2)
     row, column = torch.meshgrid(*[torch.arange(size, device=words.device)] * 2, indexing="ij")
-    phase = words[:, :1] % period
-    lattice = (column + row * round(0.382 * period)).flatten() + phase  # golden-section shift: no columns
-    return (lattice % period << 32) + words  # within a residue, pixels go at random
+    lattice = (column + row * round(0.382 * period)).flatten()  # golden-section shift: no columns
+    residue = (lattice + words[:, :1]) % period
+    # Residue 0 is seen. The order of the others turns from image to image, so that each gets its share of targets.
+    residue = torch.where(residue == 0, 0, 1 + (residue + words[:, 1:2]) % (period - 1))
+    return (residue << 32) + words  # within a residue, pixels go at random
 
 
 def score_walk(words, size, n):
     """Four random walks, reflected at the border: a pixel's score is the time of the first visit."""
-    B, walkers = len(words), 4
-    words = words.view(B, walkers, -1)
-    moves = ((words[..., None] >> torch.tensor([0, 2, 4, 6], device=words.device)) & 3).flatten(2)  # four to a word
-    start = words[:, :, None, :2] >> 8
+    walkers = 4
+    walks = F.pad(words, (0, -words.shape[1] % walkers)).unflatten(1, (walkers, -1))
+    moves = ((walks[..., None] >> torch.tensor([0, 2, 4, 6], device=words.device)) & 3).flatten(2)  # four to a word
+    start = walks[:, :, None, :2] >> 8
     step = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]], device=words.device)[moves]  # (B, walkers, time, 2)
     place = (start + step.cumsum(2)) % (2 * size)
     place = torch.minimum(place, 2 * size - 1 - place)
     visited = (place[..., 0] * size + place[..., 1]).flatten(1)
     time_of = torch.arange(moves.shape[2], device=words.device).expand_as(moves).flatten(1)
-    never = (1 << 32) + words.flatten(1)  # pixels without a visit come last, at random
+    never = (1 << 32) + words  # pixels without a visit come last, at random
     return never.scatter_reduce(1, visited, time_of, "amin")
 
 
 PATTERNS = {"random": score_random, "block": score_block, "grid": score_grid, "walk": score_walk}
 
 
+def mask_counts(args):
+    """Pixels of an image, and how many of them are seen and scored."""
+    n = args.image_size**2
+    n_cond = round(args.sparsity * n)
+    # At 0.3 and 0.7 both might be rounded up, one pixel too many.
+    return n, n_cond, min(round((args.target_sparsity or args.sparsity) * n), n - n_cond)
+
+
 def make_masks(index, epoch, args):
     """Masks for images `index` (B,) int64: (cond_mask, target_mask), bool (B, 1, H, W), disjoint, exact in their counts."""
-    size, n = args.image_size, args.image_size**2
-    n_cond, n_target = round(args.sparsity * n), round(args.target_sparsity * n)
+    size, (n, n_cond, n_target) = args.image_size, mask_counts(args)
     words = random_words((args.seed << 32) + index, n, epoch, MASK_KEYS)
     score = PATTERNS[args.mask_pattern](words, size, n_cond)
     order = (score * n + torch.arange(n, device=index.device)).argsort(dim=1)  # no ties: the same order everywhere
@@ -393,28 +414,29 @@ def make_masks(index, epoch, args):
 TEST_INDEX = 1 << 31  # held-out images have masks of their own
 
 
-def q_sample(x_start, t, noise, alphas_cumprod):
-    """x_t of the forward process, Ho et al. 2020, Eq. 4. x_start, noise: (B, C, H, W); t: (B,); alphas_cumprod: (T,)."""
-    a = alphas_cumprod[t].view(-1, 1, 1, 1)
-    return (a.sqrt() * x_start + (1 - a).sqrt() * noise).float()
+def q_sample(x_start, t, noise, scales):
+    """x_t of the forward process, Ho et al. 2020, Eq. 4. x_start, noise: (B, C, H, W); t: (B,); scales: (T, 2)."""
+    signal, spread = scales[t].view(-1, 2, 1, 1, 1).unbind(1)
+    return signal * x_start + spread * noise
 
 
-def predict(model, x_t, t, cond, cond_mask):
+def predict(model, x_t, t, cond, cond_mask, args):
     """The network on the noised image, the sparse image (0 where nothing is seen) and its mask: (B, 3C, H, W) in."""
-    return model(torch.cat([x_t, cond, cond_mask.expand_as(cond).to(cond.dtype)], dim=1), t)
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=args.use_amp):
+        return model(torch.cat([x_t, cond, cond_mask.expand_as(cond).to(cond.dtype)], dim=1), t)
 
 
-def training_loss(model, x_start, t, noise, cond_mask, target_mask, alphas_cumprod, args):
-    """The masked loss of a batch. x_start: (B, C, H, W) in [-1, 1]; masks: bool (B, 1, H, W)."""
-    x_t = q_sample(x_start, t, noise, alphas_cumprod)
-    a = alphas_cumprod[t].view(-1, 1, 1, 1)
-    goal = {"eps": noise, "x0": x_start, "v": (a.sqrt() * noise - (1 - a).sqrt() * x_start).float()}[args.objective]
-    out = predict(model, x_t, t, x_start * cond_mask, cond_mask)
+def training_loss(model, x_start, t, noise, cond_mask, target_mask, scales, args):
+    """The masked loss of a batch. x_start: (B, C, H, W) in [-1, 1]; masks: bool (B, 1, H, W); scales: see make_scales."""
+    out = predict(model, q_sample(x_start, t, noise, scales), t, x_start * cond_mask, cond_mask, args)
+    # v is q_sample with image and noise in each other's place, up to a sign (Salimans & Ho 2022)
+    goal = {"eps": noise, "x0": x_start}.get(args.objective)
+    goal = q_sample(noise, t, -x_start, scales) if goal is None else goal
     return masked_loss(out, goal, target_mask, cond_mask, args.cond_weight, args.loss)
 
 
 @torch.no_grad()
-def sample(model, cond, cond_mask, seeds, args, progress=None):
+def sample(model, cond, cond_mask, seeds, args):
     """Reconstructions (B, C, H, W) in [-1, 1] of sparse images cond (B, C, H, W), zero outside cond_mask (B, 1, H, W).
 
     seeds: int64 (B,). An image depends on its own seed, pixels and mask alone.
@@ -424,10 +446,8 @@ def sample(model, cond, cond_mask, seeds, args, progress=None):
     coefficients = coefficients.to(cond.device)
     x_t = seeded_normal(seeds, cond.shape[1:])
     for step, t in enumerate(timesteps.tolist()):
-        out = predict(model, x_t, torch.full((len(cond),), t, device=cond.device), cond, cond_mask)
+        out = predict(model, x_t, torch.full((len(cond),), t, device=cond.device), cond, cond_mask, args)
         x_t = posterior_step(x_t, out, coefficients, step, seeds)
-        if progress is not None:
-            progress.update(len(cond))
     return torch.where(cond_mask, cond, x_t) if args.enforce_observed else x_t
 
 
@@ -457,20 +477,47 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def load_weights(model, weights, args):
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        wrong = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"the checkpoint does not fit --data {args.data} or this version of the network: {wrong}") from error
+
+
 def write(path, save):
     """Write by save(temporary path), then move into place: whatever happens, path is the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
 def to_device(images, device):
     """uint8 [0, 255] -> float32 [-1, 1] on the device."""
     return images.to(device).float() / 127.5 - 1
+
+
+def mix(*numbers):
+    """One 63-bit seed from several whole numbers. (torch's CPU generator heeds no more than 32 bits, so shifting won't do.)"""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list in which Ctrl-C and SIGTERM leave a mark instead of ending the program."""
+    caught = []
+    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @torch.no_grad()
@@ -481,43 +528,37 @@ def update_ema(ema, model, step, decay):
 
 
 @torch.no_grad()
-def held_out_loss(model, images, args, alphas_cumprod):
+def held_out_loss(model, images, scales, args):
     """The loss on fixed images (N, C, H, W) uint8 with fixed timesteps, noise and masks, so that it compares between steps."""
-    n = len(images)
-    index = torch.arange(n, device=images.device)
-    t = torch.linspace(0, args.num_timesteps - 1, n, device=images.device).long()
-    noise = seeded_normal(index, images.shape[1:])
-    with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.use_amp):
-        return training_loss(
-            model, to_device(images, args.device), t, noise, *make_masks(TEST_INDEX + index, 0, args), alphas_cumprod, args
-        ).item()
+    index = torch.arange(len(images), device=images.device)
+    t = torch.linspace(0, args.num_timesteps - 1, len(images), device=images.device).long()
+    noise, masks = seeded_normal(index, images.shape[1:]), make_masks(TEST_INDEX + index, 0, args)
+    return training_loss(model, to_device(images, args.device), t, noise, *masks, scales, args).item()
 
 
-def train(args, model, ema, optimizer, images, held_out, state):
-    """Train model in place, to args.steps. images: uint8 (N, C, H, W) on the device; held_out: {"val": ..., "test": ...}.
+def train(args, model, ema, optimizer, images, held_out, state, stopped):
+    """Train model in place, up to args.steps; True when done, False when stopped by a signal, saved in either case.
 
+    images: uint8 (N, C, H, W) on the device; held_out: {"val": images, "test": images}; stopped: see stop_signals.
     state: {"step", "history", "losses"}, where to go on from. Everything random in a step is a function of (seed, step), so a
-    resumed run is the uninterrupted one, and each process of several takes its share of the same batch. Returns the history,
-    or None if a signal stopped the run.
+    resumed run is the uninterrupted one, and each process of several takes its share of the same batch.
     """
-    out_dir, device, n = Path(args.out_dir), args.device, len(images)
-    batch_size = min(args.batch_size, n)
-    steps_an_epoch = n // batch_size
+    out_dir, device, n, config = Path(args.out_dir), args.device, len(images), dict(vars(args))
+    batch_size = min(args.batch_size, n) // world() * world()
+    steps_an_epoch = max(n // batch_size, 1)
     share = slice(rank() * batch_size // world(), (rank() + 1) * batch_size // world())
-    alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)[1].to(device)
+    scales = make_scales(make_schedule(args.schedule, args.num_timesteps)[1]).to(device)
     parallel = nn.parallel.DistributedDataParallel(model) if world() > 1 else model
     network = torch.compile(parallel) if args.compile else parallel
-    history, epoch, stopped = state["history"], -1, []
-    losses = [torch.tensor(x, device=device) for x in state["losses"]]  # since the last entry of the history
-    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    history, epoch, stop = state["history"], -1, False
+    losses = list(torch.tensor(state["losses"], device=device))  # since the last entry of the history
     progress = tqdm(total=args.steps, initial=state["step"], unit="step", desc="training", disable=rank() > 0)
 
     for step in range(state["step"], args.steps):
         if step // steps_an_epoch != epoch:
             epoch = step // steps_an_epoch
-            shuffle = torch.Generator().manual_seed((args.seed << 32) + epoch)
-            order = torch.randperm(n, generator=shuffle).to(device)
-        torch.manual_seed((args.seed << 32) + step)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(args.seed, epoch, 1))).to(device)
+        torch.manual_seed(mix(args.seed, step, 0))
         index = order[step % steps_an_epoch * batch_size :][:batch_size]
         t = torch.randint(args.num_timesteps, (batch_size,), device=device)
         noise = torch.randn(batch_size, *images.shape[1:], device=device)
@@ -532,51 +573,47 @@ def train(args, model, ema, optimizer, images, held_out, state):
         decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_schedule == "cosine" else 1
         for group in optimizer.param_groups:
             group["lr"] = args.lr * warm_up * decay
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=args.use_amp):
-            loss = training_loss(network, x_start, t, noise, cond_mask, target_mask, alphas_cumprod, args)
+        loss = training_loss(network, x_start, t, noise, cond_mask, target_mask, scales, args)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.step()
         update_ema(ema, model, step, args.ema_decay)
-        losses.append(loss.detach())
+        losses.append(loss.detach() + 0 * norm)  # a gradient that is not finite counts as a loss that is not
         progress.update()
 
-        done = step + 1
-        last = done == args.steps
-        point, stop = done % args.log_every == 0 or last, bool(stopped) and world() == 1
-        saving = done % args.save_every == 0 or last or stop
-        if point or saving:  # the only times the host waits for the device
-            report = torch.stack([torch.stack(losses).mean(), torch.tensor(float(bool(stopped)), device=device)])
+        done, last = step + 1, step + 1 == args.steps
+        point, saving = done % args.log_every == 0 or last, done % args.save_every == 0 or last
+        if point or saving or (stopped if world() == 1 else done % 10 == 0):  # the only times the host waits for the device
+            report = torch.stack([*losses, torch.tensor(float(bool(stopped)), device=device)])
             if world() > 1:
                 dist.all_reduce(report)
-            mean, stop = report[0].item() / world(), report[1].item() > 0
+            *losses, stops = (report / world()).tolist()
+            stop, mean = stops > 0, sum(losses) / len(losses)
             saving = saving or stop
             if not math.isfinite(mean):
                 kept = "the last good checkpoint is kept" if (out_dir / "last.pt").exists() else "there is no checkpoint yet"
                 raise UserError(f"the loss became {mean} by step {done}; {kept}. Try a smaller --lr, or --amp off")
-        if point:
-            history["steps"].append(done)
-            history["epochs"].append(done / steps_an_epoch)
-            history["train_loss"].append(mean)
-            for part, part_images in held_out.items():
-                history[f"{part}_loss"].append(held_out_loss(ema, part_images, args, alphas_cumprod))
-            losses = []
-            progress.set_postfix(loss=f"{mean:.4f}", val=f"{history['val_loss'][-1]:.4f}", refresh=False)
-        if saving and rank() == 0:
-            state = {"step": done, "history": history, "losses": [x.item() for x in losses]}
-            config = {k: v for k, v in vars(args).items() if k != "use_amp"}
-            weights = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            write(out_dir / "last.pt", lambda path: torch.save({"script": SCRIPT, "config": config} | state | weights, path))  # noqa: B023
-            write(out_dir / "history.json", lambda path: path.write_text(json.dumps(history)))
-        if done % args.sample_every == 0 and not last:
-            draw_reconstructions(out_dir / f"step_{done:06d}.png", *reconstruct(ema, held_out["val"][:8], 2, args))
+            if point:
+                history["steps"].append(done)
+                history["epochs"].append(done / steps_an_epoch)
+                history["train_loss"].append(mean)
+                for part, part_images in held_out.items():
+                    history[f"{part}_loss"].append(held_out_loss(ema, part_images, scales, args))
+                losses = []
+                progress.set_postfix(loss=f"{mean:.4f}", val=f"{history['val_loss'][-1]:.4f}", refresh=False)
+            if saving and rank() == 0:
+                checkpoint = {"script": SCRIPT, "config": config, "step": done, "history": history, "losses": losses}
+                checkpoint |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+                write(out_dir / "last.pt", lambda path: torch.save(checkpoint, path))  # noqa: B023
+                write(out_dir / "history.json", lambda path: path.write_text(json.dumps(history)))
+            losses = list(torch.tensor(losses, device=device))
         if stop:
             break
+        if done % args.sample_every == 0 and not last:
+            draw_reconstructions(out_dir / f"step_{done:06d}.png", *reconstruct(ema, held_out["val"][:8], 2, args))
     progress.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return None if stop else history
+    return not stop
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -593,16 +630,11 @@ def reconstruct(model, images, num_draws, args, title=None):
     cond_mask, target_mask = make_masks(TEST_INDEX + torch.arange(n, device=device), 0, args)
     draws = torch.zeros(num_draws * n, *images.shape[1:], device=device)
     mine = torch.arange(rank() * len(draws) // world(), (rank() + 1) * len(draws) // world(), device=device)
-    total = len(mine) * args.sample_steps
-    with (
-        tqdm(total=total, desc=title, unit="step", unit_scale=True, disable=rank() > 0 or not title, leave=False) as progress,
-        torch.autocast(device.split(":")[0], torch.bfloat16, enabled=args.use_amp),
-    ):
-        for jobs in mine.split(args.batch_size):
-            i, draw = jobs % n, jobs // n
-            seeds = (args.seed << 32) + (draw << 20) + i
-            cond = truth[i] * cond_mask[i]
-            draws[jobs] = sample(model, cond, cond_mask[i], seeds, args, progress)
+    batches = mine.split(args.batch_size) if len(mine) else []
+    for jobs in tqdm(batches, desc=title, unit="batch", disable=rank() > 0 or not title, leave=False):
+        i, draw = jobs % n, jobs // n
+        seeds = (args.seed << 32) + (draw << 20) + i
+        draws[jobs] = sample(model, truth[i] * cond_mask[i], cond_mask[i], seeds, args)
     if world() > 1:
         dist.all_reduce(draws)  # each process left the others' share at zero
     to_unit = lambda x: (x.cpu() / 2 + 0.5).clamp(0, 1)
@@ -649,8 +681,8 @@ def draw_reconstructions(path, truth, cond_mask, target_mask, draws):
     if rank() > 0:
         return
     rgb = lambda x: x.float().expand(-1, 3, -1, -1)
-    spread = draws.std(0).mean(1, keepdim=True)  # (N, 1, H, W)
-    spread = torch.from_numpy(plt.get_cmap("magma")((spread / spread.max().clamp(min=1e-6))[:, 0].numpy())[..., :3])
+    spread = draws.std(0, correction=0).mean(1, keepdim=True)  # (N, 1, H, W)
+    spread = torch.from_numpy(matplotlib.colormaps["magma"]((spread / spread.max().clamp(min=1e-6))[:, 0].numpy())[..., :3])
     seen = torch.where(cond_mask, rgb(truth), torch.tensor([0.25, 0.3, 0.45]).view(1, 3, 1, 1))  # blue-grey: not seen
     columns = {
         "original": rgb(truth), f"seen ({cond_mask.float().mean():.0%})": seen, "target mask": rgb(target_mask),
@@ -658,23 +690,23 @@ def draw_reconstructions(path, truth, cond_mask, target_mask, draws):
     }  # fmt: skip
     sheet = F.pad(torch.stack(list(columns.values())), (1, 1, 1, 1), value=1.0)  # (6, N, 3, H, W)
     k, n, _, h, w = sheet.shape
-    figure, axis = plt.subplots(figsize=(1.5 * k, 1.5 * n * h / w + 0.4), layout="constrained")
+    figure = Figure(figsize=(1.5 * k, 1.5 * n * h / w + 0.4), layout="constrained")
+    axis = figure.subplots()
     axis.imshow(sheet.permute(1, 3, 0, 4, 2).reshape(n * h, k * w, 3).numpy(), interpolation="nearest")
     axis.set_xticks([(i + 0.5) * w for i in range(k)], list(columns))
     axis.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False, left=False, labelleft=False)
     axis.spines[:].set_visible(False)
     write(path, lambda p: figure.savefig(p, dpi=110))
-    plt.close(figure)
 
 
 def draw_losses(path, history):
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for part in ("train", "val", "test"):
         axis.plot(history["steps"], history[f"{part}_loss"], label=part)
     axis.set(xlabel="step", ylabel="loss", yscale="log")
     axis.legend()
     write(path, lambda p: figure.savefig(p, dpi=110))
-    plt.close(figure)
 
 
 def evaluate(model, images, args):
@@ -706,14 +738,9 @@ def evaluate(model, images, args):
 
 
 def run(args, checkpoint):
-    out_dir = Path(args.out_dir)
-    if "WORLD_SIZE" in os.environ:  # started by torchrun: one process a GPU, or several on a CPU
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        if args.batch_size % world():
-            raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {world()} processes")
-    device = args.device
+    if dist.is_torchelastic_launched() and args.device == "cuda":  # by torchrun: one process a GPU, or several on a CPU
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device, out_dir = args.device, Path(args.out_dir)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -722,23 +749,22 @@ def run(args, checkpoint):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
-    # bfloat16 pays where the hardware multiplies it: a GPU, or a CPU with AMX. Elsewhere it is emulated, at 0.4 the speed.
-    cpu_features = getattr(torch.cpu, "get_capabilities", dict)()
-    native = device.startswith("cuda") or (device == "cpu" and cpu_features.get("amx_bf16", False))
-    args.use_amp = args.amp == "on" or (args.amp == "auto" and native)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        if args.batch_size % world():
+            raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {world()} processes")
 
-    if rank() > 0:
-        dist.barrier()  # the first process downloads, the others find the files
-    args.data = choose_data(args.data, args.preset == "full", args.data_dir)
-    images, _ = load_images(args.data, args.data_dir, args.image_size, train=True)
-    test, _ = load_images(args.data, args.data_dir, args.image_size, train=False)
-    if rank() == 0 and world() > 1:
-        dist.barrier()
+    name = [choose_data(args.data, args.preset == "full", args.data_dir) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(name)  # after the first process has downloaded it
+    args.data = name[0]
     shuffled = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]  # folders come sorted by class
-    images, test = shuffled(images), shuffled(test)
+    images = shuffled(load_images(args.data, args.data_dir, args.image_size, train=True)[0])
+    test = shuffled(load_images(args.data, args.data_dir, args.image_size, train=False)[0])
     val, images = images.split([max(len(images) // 10, 1), len(images) - max(len(images) // 10, 1)])
-    images, held_out = images.to(device), {"val": val[:128].to(device), "test": test[:128].to(device)}
     channels = images.shape[1]
+    if len(images) < world():
+        raise UserError(f"--data {args.data}: {len(images)} training images are too few for {world()} processes")
 
     torch.manual_seed(args.seed)
     model = Unet(3 * channels, channels, args.image_size, args.dim, args.dim_mults, args.num_blocks,
@@ -751,47 +777,48 @@ def run(args, checkpoint):
         load_weights(ema, checkpoint["ema"], args)
         state = {key: checkpoint[key] for key in state}
 
+    # bfloat16 pays where the hardware multiplies it: a GPU since Ampere, a CPU with AMX. Else it is emulated, at 0.4 the speed.
+    cpu_features = getattr(torch.cpu, "get_capabilities", dict)()
+    native = cpu_features.get("amx_bf16", False) if device == "cpu" else False
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    args.use_amp = args.amp == "on" or (args.amp == "auto" and native)
+    if not args.sample:
+        args.steps, args.epochs = args.steps or args.epochs * max(len(images) // args.batch_size, 1), 0
+        args.log_every = args.log_every or max(args.steps // 40, 1)
+        args.sample_every = args.sample_every or max(args.steps // 5, 1)
     if rank() == 0:
         size = "x".join(map(str, images.shape[1:]))
         print(f"{SCRIPT}.py: preset {args.preset}, data {args.data} ({len(images)} images of {size}), device {device}"
               f"{' (bfloat16)' if args.use_amp else ''}")  # fmt: skip
         print(f"extension: {fused_ddpm.status()}")
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, output in {out_dir}/")
-        out_dir.mkdir(parents=True, exist_ok=True)
+
     if not args.sample:
-        steps_an_epoch = max(len(images) // args.batch_size, 1)
-        args.steps, args.epochs = args.steps or args.epochs * steps_an_epoch, None
-        args.log_every = getattr(args, "log_every", max(args.steps // 40, 1))
-        args.sample_every = args.sample_every or max(args.steps // 5, 1)
+        if rank() == 0:
+            for old in [*out_dir.glob("last.pt"), *out_dir.glob("step_*.png")] if not checkpoint else []:
+                old.unlink()  # --overwrite: from here on nothing is left to mistake for the new run's
+            write(out_dir / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=1)))
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         if checkpoint:
             optimizer.load_state_dict(checkpoint["optimizer"])
-        if rank() == 0:
-            config = json.dumps({k: v for k, v in vars(args).items() if k != "use_amp"}, indent=1)
-            write(out_dir / "config.json", lambda path: path.write_text(config))
-        history = train(args, model, ema, optimizer, images, held_out, state)
-        if history is None:
+        held_out = {"val": val[:128].to(device), "test": test[:128].to(device)}
+        with stop_signals() as stopped:
+            finished = train(args, model, ema, optimizer, images.to(device), held_out, state, stopped)
+        if not finished:
             raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
-        if rank() == 0 and history["steps"]:
-            draw_losses(out_dir / "loss.png", history)
+        if rank() == 0:
+            draw_losses(out_dir / "loss.png", state["history"])
     evaluate(ema, test[: args.num_samples], args)
     if rank() == 0:
         print(f"pictures, metrics.json and reconstructions.npz are in {out_dir}/")
-
-
-def load_weights(model, weights, args):
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        wrong = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the checkpoint does not fit --data {args.data} or this version of the network: {wrong}") from error
 
 
 def main(argv=None):
     try:
         run(*get_config(argv))
     except (UserError, DataError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}")
+        sys.exit(f"{SCRIPT}.py: error: {error}" if rank() == 0 else 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -10,6 +10,8 @@ namespace fused_ddpm {
 // contiguous and channels_last, so a channels_last network output is read where it lies, without a copy.
 struct Layout {
   int64_t channels, pixels, channel_stride, pixel_stride;
+  bool vector = false;  // four neighbours may be read at once, which the CUDA kernels find out
+
   bool contiguous() const { return pixel_stride == 1 && channel_stride == pixels; }
 };
 
@@ -54,8 +56,8 @@ inline void check_posterior_step(
       op, ": coefficients must be contiguous float32 of shape (steps, 5)");
   TORCH_CHECK_VALUE(step.numel() == 1 && step.scalar_type() == at::kLong, op, ": step must be one int64");
   TORCH_CHECK_VALUE(
-      seeds.dim() == 1 && seeds.size(0) == x_t.size(0) && seeds.scalar_type() == at::kLong && seeds.is_contiguous(),
-      op, ": seeds must be contiguous int64 of shape (", x_t.size(0), ",)");
+      seeds.dim() == 1 && seeds.size(0) == x_t.size(0) && seeds.scalar_type() == at::kLong, op,
+      ": seeds must be int64 of shape (", x_t.size(0), ",)");
   TORCH_CHECK_VALUE(
       coefficients.device() == x_t.device() && step.device() == x_t.device() && seeds.device() == x_t.device(),
       op, ": coefficients, step and seeds must be on ", x_t.device());
@@ -94,6 +96,22 @@ inline at::Tensor readable_mask(const std::optional<at::Tensor>& mask) {
 }
 
 inline bool is_bytes(const at::Tensor& mask) { return mask.scalar_type() != at::kFloat; }
+
+// Pred and target of a loss as images of channels of pixels. Without masks any shape will do, and all of it is one image.
+struct LossViews {
+  at::Tensor pred, target;
+  int64_t images;
+  Layout p_at, t_at;
+
+  LossViews(const at::Tensor& pred_, const at::Tensor& target_, bool masked)
+      : pred(dense(pred_)), target(dense(target_)), images(1), p_at(layout_of(pred)), t_at(layout_of(target)) {
+    if (masked || !p_at.contiguous() || !t_at.contiguous()) {
+      images = pred.size(0);
+    } else {
+      p_at = t_at = Layout{1, pred.numel(), pred.numel(), 1};
+    }
+  }
+};
 
 inline at::ScalarType loss_dtype(const at::Tensor& pred) {
   return pred.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -16,7 +16,7 @@ using torch::autograd::variable_list;
 struct MaskedLoss : public torch::autograd::Function<MaskedLoss> {
   static variable_list forward(
       AutogradContext* ctx, const Tensor& pred, const Tensor& target, const std::optional<Tensor>& target_mask,
-      const std::optional<Tensor>& cond_mask, double cond_weight, int64_t kind) {
+      const std::optional<Tensor>& cond_mask, double cond_weight, int64_t kind, Tensor* total_out) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fused_ddpm::masked_loss", "")
                                .typed<std::tuple<Tensor, Tensor>(
@@ -24,12 +24,11 @@ struct MaskedLoss : public torch::autograd::Function<MaskedLoss> {
                                    const std::optional<Tensor>&, double, int64_t)>();
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const auto [loss, total] = op.call(pred, target, target_mask, cond_mask, cond_weight, kind);
+    *total_out = total;  // past autograd: it is no function of pred
     ctx->save_for_backward({pred, target, target_mask.value_or(Tensor()), cond_mask.value_or(Tensor()), total});
     ctx->saved_data["cond_weight"] = cond_weight;
     ctx->saved_data["kind"] = kind;
-    ctx->mark_non_differentiable({total});
-    ctx->set_materialize_grads(false);  // no zeros for total's
-    return {loss, total};
+    return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -38,22 +37,23 @@ struct MaskedLoss : public torch::autograd::Function<MaskedLoss> {
                                .typed<Tensor(
                                    const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&,
                                    const std::optional<Tensor>&, const Tensor&, double, int64_t)>();
-    if (!grads[0].defined()) return variable_list(6);
+    TORCH_CHECK(!at::GradMode::is_enabled(), "masked_loss has no second derivative (create_graph=True)");
     const auto saved = ctx->get_saved_variables();
     const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
     const Tensor grad_pred = op.call(
         grads[0], saved[0], saved[1], optional(saved[2]), optional(saved[3]), saved[4],
         ctx->saved_data["cond_weight"].toDouble(), ctx->saved_data["kind"].toInt());
     const Tensor grad_target = ctx->needs_input_grad(1) ? -grad_pred.to(saved[1].scalar_type()) : Tensor();
-    return {grad_pred, grad_target, Tensor(), Tensor(), Tensor(), Tensor()};
+    return {grad_pred, grad_target, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
 std::tuple<Tensor, Tensor> masked_loss_autograd(
     const Tensor& pred, const Tensor& target, const std::optional<Tensor>& target_mask,
     const std::optional<Tensor>& cond_mask, double cond_weight, int64_t kind) {
-  const variable_list result = MaskedLoss::apply(pred, target, target_mask, cond_mask, cond_weight, kind);
-  return {result[0], result[1]};
+  Tensor total;
+  const variable_list loss = MaskedLoss::apply(pred, target, target_mask, cond_mask, cond_weight, kind, &total);
+  return {loss[0], total};
 }
 
 }  // namespace

@@ -187,7 +187,8 @@ at::Tensor posterior_step_cpu(
   const Layout x_at = layout_of(x), o_at = layout_of(o), u_at = u.defined() ? layout_of(u) : o_at;
   const float* x_data = x.const_data_ptr<float>();
   float* y_data = y.mutable_data_ptr<float>();
-  const int64_t* seed = seeds.const_data_ptr<int64_t>();
+  const at::Tensor seeds_dense = seeds.contiguous();
+  const int64_t* seed = seeds_dense.const_data_ptr<int64_t>();
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, o.scalar_type(), "posterior_step", [&] {
     const scalar_t* o_data = o.const_data_ptr<scalar_t>();
@@ -244,9 +245,9 @@ struct Weights {
 // Calls visit(task, b, c, p, n, w) for every run of n pixels of one channel; w is filled once for all channels
 // where the masks allow. One task is one pixel chunk of one image with all its channels.
 template <class Visit>
-void for_each_run(const at::Tensor& pred, const Layout& at, const Weights& weights, const Visit& visit) {
+void for_each_run(int64_t images, const Layout& at, const Weights& weights, const Visit& visit) {
   const int64_t chunks = (at.pixels + CHUNK - 1) / CHUNK;
-  at::parallel_for(0, pred.size(0) * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, images * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
     alignas(64) float w[CHUNK];
     for (int64_t task = first; task < last; ++task) {
       const int64_t b = task / chunks, p = task % chunks * CHUNK, n = std::min(CHUNK, at.pixels - p);
@@ -262,13 +263,12 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
     const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
     const std::optional<at::Tensor>& cond_mask, double cond_weight, int64_t kind) {
   check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
-  const at::Tensor pred = dense(pred_), target = dense(target_.to(loss_dtype(pred)));
+  const LossViews views(pred_, target_.to(loss_dtype(pred_)), target_mask.has_value());
+  const auto& [pred, target, images, p_at, t_at] = views;
   const Weights weights(target_mask, cond_mask, cond_weight);
   double loss = 0, total = 0;
   if (pred.numel() > 0) {
-    const Layout p_at = layout_of(pred), t_at = layout_of(target);
-    const int64_t image = p_at.channels * p_at.pixels;
-    const int64_t tasks = pred.size(0) * ((p_at.pixels + CHUNK - 1) / CHUNK);
+    const int64_t image = p_at.channels * p_at.pixels, tasks = images * ((p_at.pixels + CHUNK - 1) / CHUNK);
     // One partial sum a task, added up in order below: the same bits for any number of threads.
     std::vector<double> losses(tasks, 0.0), totals(tasks, 0.0);
     const double shared = weights.per_channel() ? 1 : p_at.channels;  // channels that one sum of weights stands for
@@ -276,7 +276,7 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
       using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
       const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
       const acc_t* t_data = target.const_data_ptr<acc_t>();
-      for_each_run(pred, p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
+      for_each_run(views.images, views.p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
         alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK];
         const int64_t begin = c * p_at.pixels + p;
         const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
@@ -288,26 +288,26 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
     for (int64_t i = 0; i < tasks; ++i) loss += losses[i], total += totals[i];
   }
   const auto options = pred.options().dtype(loss_dtype(pred));
-  return {at::scalar_tensor(total > 0 ? loss / total : 0.0, options), at::scalar_tensor(total, options)};
+  return {at::scalar_tensor(loss / (total > 0 ? total : 1), options), at::scalar_tensor(total, options)};
 }
 
 at::Tensor masked_loss_backward_cpu(
     const at::Tensor& grad, const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
     const std::optional<at::Tensor>& cond_mask, const at::Tensor& total, double cond_weight, int64_t kind) {
   check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
-  const at::Tensor pred = dense(pred_), target = dense(target_.to(loss_dtype(pred)));
+  const LossViews views(pred_, target_.to(loss_dtype(pred_)), target_mask.has_value());
+  const auto& [pred, target, images, p_at, t_at] = views;
   const Weights weights(target_mask, cond_mask, cond_weight);
   const at::Tensor grad_pred = at::empty_like(pred);
   if (pred.numel() == 0) return grad_pred;
-  const double sum = total.item<double>(), scale = sum > 0 ? grad.item<double>() / sum : 0.0;
-  const Layout p_at = layout_of(pred), t_at = layout_of(target);
+  const double sum = total.item<double>(), scale = grad.item<double>() / (sum > 0 ? sum : 1);
   const int64_t image = p_at.channels * p_at.pixels;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss_backward", [&] {
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
     const acc_t* t_data = target.const_data_ptr<acc_t>();
     scalar_t* g_data = grad_pred.mutable_data_ptr<scalar_t>();
-    for_each_run(pred, p_at, weights, [&](int64_t, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
+    for_each_run(views.images, views.p_at, weights, [&](int64_t, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
       alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK], g_buffer[CHUNK];
       const int64_t begin = c * p_at.pixels + p;
       const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);

@@ -24,9 +24,10 @@ struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
 
+// Whether every group of four neighbours in runs of n elements can be loaded at once.
 template <class T>
-bool aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
+bool vectorizable(const T* data, const Layout& at, int64_t n) {
+  return n % 4 == 0 && at.pixel_stride == 1 && reinterpret_cast<uintptr_t>(data) % sizeof(Four<T>) == 0;
 }
 
 inline dim3 grid_for(int64_t images, int64_t groups) {
@@ -35,16 +36,23 @@ inline dim3 grid_for(int64_t images, int64_t groups) {
       static_cast<unsigned>(std::min(images, MAX_GRID_Y)));
 }
 
-// Elements 4 group .. of an image, in logical order; `n` of them exist. VECTOR: contiguous, aligned, n = 4.
-template <bool VECTOR, class T, class Acc>
+// Where element 4 group of an image lies; the division is only for strided images of several channels.
+__device__ __forceinline__ void locate(const Layout& at, int64_t group, int64_t* channel, int64_t* pixel) {
+  *channel = at.channels == 1 ? 0 : 4 * group / at.pixels;
+  *pixel = 4 * group - *channel * at.pixels;
+}
+
+// Elements 4 group .. 4 group + 3 of an image, in logical order; n of them exist. The branch is the same for all threads.
+template <class T, class Acc>
 __device__ __forceinline__ void load4(Acc to[4], const T* image, const Layout& at, int64_t group, int64_t n) {
-  if (VECTOR) {
+  if (at.vector) {
     const Four<T> four = reinterpret_cast<const Four<T>*>(image)[group];
 #pragma unroll
     for (int j = 0; j < 4; ++j) to[j] = static_cast<Acc>(four.v[j]);
     return;
   }
-  int64_t c = 4 * group / at.pixels, p = 4 * group - c * at.pixels;
+  int64_t c, p;
+  locate(at, group, &c, &p);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     to[j] = j < n ? static_cast<Acc>(image[c * at.channel_stride + p * at.pixel_stride]) : Acc(0);
@@ -52,16 +60,17 @@ __device__ __forceinline__ void load4(Acc to[4], const T* image, const Layout& a
   }
 }
 
-template <bool VECTOR, class T, class Acc>
+template <class T, class Acc>
 __device__ __forceinline__ void store4(T* image, const Acc from[4], const Layout& at, int64_t group, int64_t n) {
-  if (VECTOR) {
+  if (at.vector) {
     Four<T> four;
 #pragma unroll
     for (int j = 0; j < 4; ++j) four.v[j] = static_cast<T>(from[j]);
     reinterpret_cast<Four<T>*>(image)[group] = four;
     return;
   }
-  int64_t c = 4 * group / at.pixels, p = 4 * group - c * at.pixels;
+  int64_t c, p;
+  locate(at, group, &c, &p);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (j < n) image[c * at.channel_stride + p * at.pixel_stride] = static_cast<T>(from[j]);
@@ -69,7 +78,7 @@ __device__ __forceinline__ void store4(T* image, const Acc from[4], const Layout
   }
 }
 
-template <class T, bool VECTOR>
+template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS) posterior_kernel(
     float* __restrict__ y, const float* __restrict__ x, const T* __restrict__ out, const T* __restrict__ uncond, float scale,
     const float* __restrict__ coefficients, const int64_t* __restrict__ step, int64_t steps,
@@ -88,18 +97,18 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) posterior_kernel(
          g += gridDim.x * static_cast<int64_t>(THREADS)) {
       const int64_t n = image - 4 * g < 4 ? image - 4 * g : 4;
       float xs[4], os[4], z[4] = {0, 0, 0, 0};
-      load4<VECTOR>(xs, x + base, x_at, g, n);
-      load4<VECTOR>(os, out + base, o_at, g, n);
+      load4(xs, x + base, x_at, g, n);
+      load4(os, out + base, o_at, g, n);
       if (uncond) {
         float us[4];
-        load4<VECTOR>(us, uncond + base, u_at, g, n);
+        load4(us, uncond + base, u_at, g, n);
 #pragma unroll
         for (int j = 0; j < 4; ++j) os[j] = guide(os[j], us[j], scale);
       }
       if (k.s != 0) normal4(seed, g, static_cast<uint32_t>(row), stream, z);
 #pragma unroll
       for (int j = 0; j < 4; ++j) xs[j] = posterior(xs[j], os[j], z[j], k, limit);
-      store4<VECTOR>(y + base, xs, x_at, g, n);
+      store4(y + base, xs, x_at, g, n);
     }
   }
 }
@@ -113,21 +122,23 @@ at::Tensor posterior_step_cuda(
   const at::Tensor y = at::empty_like(x);
   if (x.numel() == 0) return y;
   const int64_t images = x.size(0), image = x.numel() / images;
-  const Layout x_at = layout_of(x), o_at = layout_of(o), u_at = u.defined() ? layout_of(u) : o_at;
+  Layout x_at = layout_of(x), o_at = layout_of(o), u_at = u.defined() ? layout_of(u) : o_at;
   const float limit = clip ? 1.0f : std::numeric_limits<float>::infinity();
   const float* x_data = x.const_data_ptr<float>();
   float* y_data = y.mutable_data_ptr<float>();
+  const at::Tensor seeds_dense = seeds.contiguous();
+  // In a contiguous image groups run across channels.
+  x_at.vector = x_at.contiguous() && vectorizable(x_data, x_at, image) && vectorizable(y_data, x_at, image);
 
   const auto launch = [&](auto type) {
     using T = decltype(type);
     const T* o_data = o.const_data_ptr<T>();
     const T* u_data = u.defined() ? u.const_data_ptr<T>() : nullptr;
-    const bool vector = image % 4 == 0 && x_at.contiguous() && o_at.contiguous() && u_at.contiguous() &&
-        aligned(x_data) && aligned(y_data) && aligned(o_data) && aligned(u_data);
-    const auto kernel = vector ? posterior_kernel<T, true> : posterior_kernel<T, false>;
-    kernel<<<grid_for(images, (image + 3) / 4), THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
+    o_at.vector = o_at.contiguous() && vectorizable(o_data, o_at, image);
+    u_at.vector = u_at.contiguous() && vectorizable(u_data, u_at, image);
+    posterior_kernel<T><<<grid_for(images, (image + 3) / 4), THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
         y_data, x_data, o_data, u_data, static_cast<float>(guidance_scale), coefficients.const_data_ptr<float>(),
-        step.const_data_ptr<int64_t>(), coefficients.size(0), seeds.const_data_ptr<int64_t>(), images, image, x_at, o_at,
+        step.const_data_ptr<int64_t>(), coefficients.size(0), seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, o_at,
         u_at, static_cast<uint32_t>(stream), limit);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
@@ -141,16 +152,16 @@ at::Tensor posterior_step_cuda(
 struct Mask {
   const void* data;
   bool bytes;
-  int64_t channels, pixels;
+  int64_t channels;
+  Layout plane;
 
-  template <bool VECTOR, class Acc>
+  template <class Acc>
   __device__ __forceinline__ void load(Acc to[4], int64_t b, int64_t c, int64_t group, int64_t n) const {
-    const Layout plane{1, pixels, pixels, 1};
-    const int64_t at = (b * channels + (channels > 1 ? c : 0)) * pixels;
+    const int64_t at = (b * channels + (channels > 1 ? c : 0)) * plane.pixels;
     if (bytes) {
-      load4<VECTOR>(to, static_cast<const uint8_t*>(data) + at, plane, group, n);
+      load4(to, static_cast<const uint8_t*>(data) + at, plane, group, n);
     } else {
-      load4<VECTOR>(to, static_cast<const float*>(data) + at, plane, group, n);
+      load4(to, static_cast<const float*>(data) + at, plane, group, n);
     }
   }
 };
@@ -159,28 +170,28 @@ struct Masks {
   Mask target, cond;
 
   // Weights of four pixels of channel c; false where they are the same as channel 0's, and so in w already.
-  template <bool VECTOR, class Acc>
+  template <class Acc>
   __device__ __forceinline__ void weights(Acc w[4], Acc cond_weight, int64_t b, int64_t c, int64_t group, int64_t n) const {
     if (c > 0 && target.channels <= 1 && cond.channels <= 1) return;
 #pragma unroll
     for (int j = 0; j < 4; ++j) w[j] = j < n ? Acc(1) : Acc(0);
     if (!target.data) return;
     Acc t[4], s[4] = {0, 0, 0, 0};
-    target.load<VECTOR>(t, b, c, group, n);
-    if (cond.data) cond.load<VECTOR>(s, b, c, group, n);
+    target.load(t, b, c, group, n);
+    if (cond.data) cond.load(s, b, c, group, n);
 #pragma unroll
     for (int j = 0; j < 4; ++j) w[j] *= mask_weight<Acc>(t[j], s[j], cond_weight);
   }
 };
 
 // Four pixels of one channel of image b. A channel is addressed as an image of its own, of one channel.
-__device__ __forceinline__ Layout channel(const Layout& at) { return {1, at.pixels, 0, at.pixel_stride}; }
+__device__ __forceinline__ Layout channel(const Layout& at) { return {1, at.pixels, 0, at.pixel_stride, at.vector}; }
 
 struct Sums {
   double loss, weight;
 };
 
-// Sums over the block, for thread 0. A tree of fixed shape and no atomics: the same bits each run.
+// Sums over the block. A tree of fixed shape and no atomics: the same bits each run.
 __device__ Sums block_sums(Sums mine) {
   __shared__ Sums all[THREADS];
   all[threadIdx.x] = mine;
@@ -191,10 +202,11 @@ __device__ Sums block_sums(Sums mine) {
       all[threadIdx.x].weight += all[threadIdx.x + half].weight;
     }
   }
+  __syncthreads();
   return all[0];
 }
 
-template <class T, class Acc, int64_t KIND, bool VECTOR>
+template <class T, class Acc, int64_t KIND>
 __global__ void __launch_bounds__(THREADS, BLOCKS) loss_kernel(
     Sums* __restrict__ partials, const T* __restrict__ pred, const Acc* __restrict__ target, Masks masks, Acc cond_weight,
     int64_t images, Layout p_at, Layout t_at) {
@@ -206,10 +218,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) loss_kernel(
       const int64_t n = p_at.pixels - 4 * g < 4 ? p_at.pixels - 4 * g : 4;
       Acc w[4];
       for (int64_t c = 0; c < p_at.channels; ++c) {
-        masks.weights<VECTOR>(w, cond_weight, b, c, g, n);
+        masks.weights(w, cond_weight, b, c, g, n);
         Acc ps[4], ts[4];
-        load4<VECTOR>(ps, pred + b * image + c * p_at.channel_stride, channel(p_at), g, n);
-        load4<VECTOR>(ts, target + b * image + c * t_at.channel_stride, channel(t_at), g, n);
+        load4(ps, pred + b * image + c * p_at.channel_stride, channel(p_at), g, n);
+        load4(ts, target + b * image + c * t_at.channel_stride, channel(t_at), g, n);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           loss += w[j] * distance<KIND>(ps[j] - ts[j]);
@@ -229,80 +241,74 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) finish_kernel(Acc* loss, Acc*
   for (int64_t i = threadIdx.x; i < blocks; i += THREADS) mine.loss += partials[i].loss, mine.weight += partials[i].weight;
   const Sums sums = block_sums(mine);
   if (threadIdx.x == 0) {
-    *loss = sums.weight > 0 ? static_cast<Acc>(sums.loss / sums.weight) : Acc(0);
+    *loss = static_cast<Acc>(sums.loss / (sums.weight > 0 ? sums.weight : 1));  // nothing selected: 0, unless NaN
     *total = static_cast<Acc>(sums.weight);
   }
 }
 
-template <class T, class Acc, int64_t KIND, bool VECTOR>
+template <class T, class Acc, int64_t KIND>
 __global__ void __launch_bounds__(THREADS, BLOCKS) loss_backward_kernel(
     T* __restrict__ grad_pred, const Acc* __restrict__ grad, const Acc* __restrict__ total, const T* __restrict__ pred,
     const Acc* __restrict__ target, Masks masks, Acc cond_weight, int64_t images, Layout p_at, Layout t_at) {
   const int64_t groups = (p_at.pixels + 3) / 4, image = p_at.channels * p_at.pixels;
-  const Acc scale = *total > 0 ? *grad / *total : Acc(0);
+  const Acc scale = *grad / (*total > 0 ? *total : Acc(1));
   for (int64_t b = blockIdx.y; b < images; b += gridDim.y) {
     for (int64_t g = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x; g < groups;
          g += gridDim.x * static_cast<int64_t>(THREADS)) {
       const int64_t n = p_at.pixels - 4 * g < 4 ? p_at.pixels - 4 * g : 4;
       Acc w[4];
       for (int64_t c = 0; c < p_at.channels; ++c) {
-        masks.weights<VECTOR>(w, cond_weight, b, c, g, n);
+        masks.weights(w, cond_weight, b, c, g, n);
         Acc ps[4], ts[4];
         const int64_t at = b * image + c * p_at.channel_stride;
-        load4<VECTOR>(ps, pred + at, channel(p_at), g, n);
-        load4<VECTOR>(ts, target + b * image + c * t_at.channel_stride, channel(t_at), g, n);
+        load4(ps, pred + at, channel(p_at), g, n);
+        load4(ts, target + b * image + c * t_at.channel_stride, channel(t_at), g, n);
 #pragma unroll
         for (int j = 0; j < 4; ++j) ps[j] = scale * w[j] * distance_grad<KIND>(ps[j] - ts[j]);
-        store4<VECTOR>(grad_pred + at, ps, channel(p_at), g, n);
+        store4(grad_pred + at, ps, channel(p_at), g, n);
       }
     }
   }
 }
 
-// What forward and backward share on the host: dense tensors that outlive the launch, pointers, layouts, the grid.
-struct LossArguments {
-  at::Tensor pred, target, target_mask, cond_mask;
-  Layout p_at, t_at;
-  int64_t images;
-  bool vector;
+// What forward and backward share on the host: dense tensors that outlive the launch, their layouts, the grid.
+struct LossArguments : LossViews {
+  at::Tensor target_mask, cond_mask;
   dim3 grid;
 
   LossArguments(
       const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask_,
       const std::optional<at::Tensor>& cond_mask_)
-      : pred(dense(pred_)),
-        target(dense(target_.to(loss_dtype(pred_)))),
+      : LossViews(pred_, target_.to(loss_dtype(pred_)), target_mask_.has_value()),
         target_mask(readable_mask(target_mask_)),
-        cond_mask(readable_mask(cond_mask_)),
-        p_at(layout_of(pred)),
-        t_at(layout_of(target)),
-        images(pred.dim() == 0 ? 1 : pred.size(0)) {
-    const auto fits = [](const at::Tensor& t) {  // of every dtype used here, four make 4 * element_size bytes
-      return !t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
-    };
-    vector = p_at.pixels % 4 == 0 && p_at.contiguous() && t_at.contiguous() && fits(pred) && fits(target) &&
-        fits(target_mask) && fits(cond_mask);
+        cond_mask(readable_mask(cond_mask_)) {
+    p_at.vector = vector(pred, p_at);
+    t_at.vector = vector(target, t_at);
     if (pred.numel() > 0) grid = grid_for(images, (p_at.pixels + 3) / 4);
   }
 
   Masks masks() const { return {mask(target_mask), mask(cond_mask)}; }
 
  private:
+  static bool vector(const at::Tensor& t, const Layout& at) {
+    return at.pixels % 4 == 0 && at.pixel_stride == 1 &&
+        reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
+  }
+
   Mask mask(const at::Tensor& m) const {
-    if (!m.defined()) return {nullptr, false, 0, p_at.pixels};
-    return {m.const_data_ptr(), is_bytes(m), m.size(1), p_at.pixels};
+    if (!m.defined()) return {nullptr, false, 0, {}};
+    Layout plane{1, p_at.pixels, 0, 1};
+    plane.vector = vector(m, plane);
+    return {m.const_data_ptr(), is_bytes(m), m.size(1), plane};
   }
 };
 
-// Calls f<KIND, VECTOR>() for the values known only at run time.
+// Calls f(kind) with a kind that the compiler knows.
 template <class F>
-void with_kind(int64_t kind, bool vector, const F& f) {
-  const auto with_vector = [&](auto k) {
-    vector ? f(k, std::true_type{}) : f(k, std::false_type{});
-  };
-  if (kind == L2) with_vector(std::integral_constant<int64_t, L2>{});
-  if (kind == L1) with_vector(std::integral_constant<int64_t, L1>{});
-  if (kind == HUBER) with_vector(std::integral_constant<int64_t, HUBER>{});
+void with_kind(int64_t kind, const F& f) {
+  if (kind == L2) f(std::integral_constant<int64_t, L2>{});
+  if (kind == L1) f(std::integral_constant<int64_t, L1>{});
+  if (kind == HUBER) f(std::integral_constant<int64_t, HUBER>{});
 }
 
 std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
@@ -321,8 +327,8 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
     using T = scalar_t;
     using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    with_kind(kind, a.vector, [&](auto k, auto v) {
-      loss_kernel<T, Acc, decltype(k)::value, decltype(v)::value><<<a.grid, THREADS, 0, stream>>>(
+    with_kind(kind, [&](auto k) {
+      loss_kernel<T, Acc, decltype(k)::value><<<a.grid, THREADS, 0, stream>>>(
           sums, a.pred.const_data_ptr<T>(), a.target.const_data_ptr<Acc>(), a.masks(),
           static_cast<Acc>(cond_weight), a.images, a.p_at, a.t_at);
     });
@@ -347,8 +353,8 @@ at::Tensor masked_loss_backward_cuda(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss_backward", [&] {
     using T = scalar_t;
     using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    with_kind(kind, a.vector, [&](auto k, auto v) {
-      loss_backward_kernel<T, Acc, decltype(k)::value, decltype(v)::value><<<a.grid, THREADS, 0, stream>>>(
+    with_kind(kind, [&](auto k) {
+      loss_backward_kernel<T, Acc, decltype(k)::value><<<a.grid, THREADS, 0, stream>>>(
           grad_pred.mutable_data_ptr<T>(), scale.const_data_ptr<Acc>(), total.const_data_ptr<Acc>(),
           a.pred.const_data_ptr<T>(), a.target.const_data_ptr<Acc>(), a.masks(), static_cast<Acc>(cond_weight), a.images,
           a.p_at, a.t_at);

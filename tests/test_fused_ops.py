@@ -104,6 +104,11 @@ def test_slices_and_nan(device):
     doubled = torch.cat([out, uncond])  # guidance hands over the halves of one batch
     halves = posterior_step(x, doubled[:4], COEFFICIENTS.to(device), 0, seeds, doubled[4:], 2.0)
     assert torch.equal(halves, posterior_step(x, out, COEFFICIENTS.to(device), 0, seeds, uncond, 2.0))
+    flat = torch.cat([x.flatten()[:1], x.flatten()])  # storage that starts off a vector's boundary
+    shifted = posterior_step(flat[1:].view(x.shape), out, COEFFICIENTS.to(device), 0, seeds)
+    assert torch.equal(shifted, posterior_step(x, out, COEFFICIENTS.to(device), 0, seeds))
+    every_other = torch.stack([seeds, seeds], dim=1).flatten()[::2]
+    assert torch.equal(shifted, posterior_step(x, out, COEFFICIENTS.to(device), 0, every_other))
     out[0, 0, 0, 0] = float("nan")  # a diverged network must show, not be clipped to -1
     assert posterior_step(x, out, COEFFICIENTS.to(device), 0, seeds).isnan().sum() == 1
 
@@ -123,6 +128,32 @@ def test_image_is_independent_of_batch_and_threads(device):
         assert torch.equal(whole, posterior_step(x, out, table, 0, seeds))
     finally:
         torch.set_num_threads(threads)
+
+
+@on_devices
+@pytest.mark.parametrize("shape", [(1025, 1, 2, 2), (1, 1, 1025, 1031)])
+def test_more_images_or_pixels_than_the_grid(device, shape):
+    x, out, _, seeds = inputs(shape, device)
+    expected = posterior_step_reference(x, out, COEFFICIENTS.to(device), 0, seeds)
+    torch.testing.assert_close(posterior_step(x, out, COEFFICIENTS.to(device), 0, seeds), expected, rtol=2e-5, atol=2e-5)
+    mask = x > 0.5
+    expected = masked_loss_reference(out.double(), x.double(), mask)
+    torch.testing.assert_close(masked_loss(out, x, mask).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU and the CUDA kernels")
+def test_a_cuda_graph_replays_every_step():
+    x, out, _, seeds = inputs((4, 3, 8, 8), "cuda")
+    table, step = COEFFICIENTS.cuda(), torch.zeros((), dtype=torch.int64, device="cuda")
+    posterior_step(x, out, table, step, seeds)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = posterior_step(x, out, table, step, seeds)
+    for i in range(len(table)):
+        step.fill_(i)
+        graph.replay()
+        assert torch.equal(result, posterior_step(x, out, table, i, seeds))
 
 
 @on_devices
@@ -195,6 +226,42 @@ def test_nothing_selected_gives_zero(device):
 
 
 @on_devices
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 4, 5, 6)])
+def test_any_shape_without_masks(device, shape):
+    pred, target = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+    loss = masked_loss(pred, target)
+    loss.backward()
+    assert loss.item() == pytest.approx(((pred - target) ** 2).mean().item(), rel=1e-5)
+    torch.testing.assert_close(pred.grad, (2 * (pred - target) / pred.numel()).detach())
+
+
+@on_devices
+def test_what_is_not_a_number_shows(device):
+    pred, target, mask, _ = loss_inputs((2, 3, 8, 8), device, mask="float")
+    bad_mask = mask.clone()
+    bad_mask[0, 0, 0, 0] = float("nan")
+    assert masked_loss(pred, target, bad_mask).isnan()
+    pred[0, 0, 0, 0] = float("nan")
+    assert masked_loss(pred, target, torch.zeros_like(mask)).isnan() and masked_loss(pred, target, mask).isnan()
+
+
+@on_devices
+def test_one_mask_per_channel_and_the_other_not(device):
+    pred, target, shared, _ = loss_inputs((2, 3, 8, 8), device)
+    _, _, _, own = loss_inputs((2, 3, 8, 8), device, per_channel=True)
+    for masks in [(shared, own), (own, shared)]:
+        expected = masked_loss_reference(pred.double(), target.double(), *masks, 0.3)
+        torch.testing.assert_close(masked_loss(pred, target, *masks, 0.3).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@on_devices
+def test_a_second_derivative_is_refused(device):
+    pred, target, mask, _ = loss_inputs((2, 3, 8, 8), device)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(masked_loss(pred.requires_grad_(), target, mask), pred, create_graph=True)
+
+
+@on_devices
 def test_loss_bits_are_the_same_each_run(device):
     pred, target, target_mask, cond_mask = loss_inputs((64, 3, 32, 32), device)
     first = masked_loss(pred, target, target_mask, cond_mask)
@@ -229,12 +296,17 @@ def test_opcheck(device):
     x, out, uncond, seeds = inputs((2, 3, 8, 8), device)
     step = torch.tensor(1, device=device)
     ops = torch.ops.fused_ddpm
-    torch.library.opcheck(ops.posterior_step, (x, out, uncond, 2.0, COEFFICIENTS.to(device), step, seeds, 0, True))
+    for layout in (lambda t: t, lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.transpose(2, 3)):
+        images = layout(x), layout(out), layout(uncond)
+        torch.library.opcheck(ops.posterior_step, (*images, 2.0, COEFFICIENTS.to(device), step, seeds, 0, True))
     pred, target, target_mask, cond_mask = loss_inputs((2, 3, 8, 8), device)
     for masks in [(target_mask, cond_mask), (None, None)]:
         torch.library.opcheck(ops.masked_loss, (pred.detach().requires_grad_(), target, *masks, 0.05, 0))
         _, total = ops.masked_loss(pred, target, *masks, 0.05, 0)
-        torch.library.opcheck(ops.masked_loss_backward, (torch.ones((), device=device), pred, target, *masks, total, 0.05, 0))
+        grad = torch.ones((), device=device)
+        torch.library.opcheck(ops.masked_loss_backward, (grad, pred, target, *masks, total, 0.05, 0))
+    strided = pred.transpose(2, 3)
+    torch.library.opcheck(ops.masked_loss_backward, (grad, strided, target, None, None, total, 0.05, 0))
 
 
 @on_devices

@@ -62,10 +62,22 @@ def test_flat_folder_grey_and_mixed(tmp_path):
     assert load_images(str(tmp_path / "mixed"), image_size=8)[0].shape == (11, 3, 8, 8)
 
 
+def test_sixteen_bits_and_one_colour_image(tmp_path):
+    for i in range(20):
+        save_image(tmp_path / "deep" / f"{i:02d}.png", np.zeros((8, 8)))
+        save_image(tmp_path / "late" / f"{i:02d}.png", np.zeros((8, 8, 3) if i == 19 else (8, 8)))
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep" / "00.png")
+    deep, _ = load_images(str(tmp_path / "deep"), image_size=8)
+    assert deep.shape == (18, 1, 8, 8) and deep[0].unique().tolist() == [40_000 // 256]
+    # The number of channels is the folder's, not the part's.
+    assert load_images(str(tmp_path / "late"), image_size=8, train=True)[0].shape == (18, 3, 8, 8)
+
+
 def test_centre_crop(tmp_path):
     wide = np.zeros((8, 24), np.uint8)
     wide[:, 8:16] = 200
-    save_image(tmp_path / "a.png", wide), save_image(tmp_path / "b.png", wide)
+    for name in "abc":
+        save_image(tmp_path / f"{name}.png", wide)
     assert (load_images(str(tmp_path), image_size=8)[0] == 200).all()
 
 
@@ -105,7 +117,7 @@ def images_at_two_levels(folder):
     [
         (empty, "no images in it"),
         (only_text, "no images in it"),
-        (one_image, "1 image in it"),
+        (one_image, "1 images in it"),
         (broken_image, "2.png: cannot be read as an image"),
         (images_at_two_levels, "both directly and in sub-folders"),
     ],
@@ -130,7 +142,7 @@ def test_offline_auto_falls_back_and_a_named_set_fails(tmp_path, monkeypatch, ca
     assert choose_data("auto", full=False, data_dir=tmp_path) == "shapes"
     assert capsys.readouterr().out.count("\n") == 1
     assert choose_data("mnist", full=False, data_dir=tmp_path) == "mnist"
-    with pytest.raises(DataError, match=r"mnist is not in .* and cannot be downloaded: .*no network"):
+    with pytest.raises(DataError, match=r"mnist is not in .* and cannot be downloaded .*no network.*; put it there"):
         load_images("mnist", tmp_path)
 
 

@@ -66,7 +66,7 @@ def test_prediction_is_turned_back_into_the_image(objective):
     timesteps, table = script.sampling_table(alphas_cumprod, objective, "ddim", 20)
     g = torch.Generator().manual_seed(0)
     x_start, noise = 0.3 * torch.randn(20, 1, 4, 4, generator=g), torch.randn(20, 1, 4, 4, generator=g)
-    x_t = script.q_sample(x_start, timesteps, noise, alphas_cumprod)
+    x_t = script.q_sample(x_start, timesteps, noise, script.make_scales(alphas_cumprod))
     a = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     out = {"eps": noise, "x0": x_start, "v": a.sqrt() * noise - (1 - a).sqrt() * x_start}[objective]
     k_x, k_o = table[:, 0].view(-1, 1, 1, 1), table[:, 1].view(-1, 1, 1, 1)
