@@ -153,10 +153,8 @@ def get_config(argv):
             if given[name] != saved[name]:
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"{flag} {given[name]}: the checkpoint was made with {saved[name]}; leave it out or start anew")
-        folder = Path(run["sample"]).parent if run["sample"] else run["out_dir"]
-        config = (
-            presets[saved["preset"]] | saved | {"out_dir": str(folder), "sample": None, "resume": False, "overwrite": False}
-        )
+        folder = str(Path(run["sample"]).parent) if run["sample"] else run["out_dir"]
+        config = presets[saved["preset"]] | saved | {"out_dir": folder, "sample": None, "resume": False, "overwrite": False}
         if "steps" in given or "epochs" in given:  # another length, so other intervals
             config |= {"log_every": None, "sample_every": None}
     else:
