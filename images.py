@@ -154,7 +154,8 @@ def load_folder(folder, image_size, train):
                 if image.mode == "I;16":  # convert would clip its 16 bits
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
-                image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+                if image.size != (image_size, image_size):
+                    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
         except OSError as error:  # a broken file may open, and fail only here
             raise DataError(f"{item[0]}: cannot be read as an image ({error}); remove or replace it") from error
         array = torch.from_numpy(np.array(image))
