@@ -16,6 +16,7 @@ from pathlib import Path
 from setuptools import setup
 
 REQUIRED = os.environ.get("FUSED_DDPM_BUILD") == "1"
+DEPENDENCIES = ["torchvision", "numpy", "tqdm", "matplotlib"]
 LINUX = sys.platform.startswith("linux")
 CXX_FLAGS = (
     ["/O2", "/openmp"]
@@ -99,13 +100,19 @@ def build_command(choices, no_cuda):
     return Build
 
 
-if torch is None:
-    setup(setup_requires=["torch>=2.4"])
+if torch is None:  # with torchvision, which decides on the version of torch: the same one that will be installed
+    setup(setup_requires=["torch>=2.4", "torchvision"], install_requires=["torch>=2.4", *DEPENDENCIES])
 else:
+    # Without this pin pip would take the newest torchvision, and exchange torch for the one that belongs to it.
+    pin = "torch==" + torch.__version__.split("+")[0]
     cuda_home, no_cuda = find_cuda()
     if cuda_home:
         os.environ["CUDA_HOME"] = cuda_home  # torch.utils.cpp_extension reads it when imported
         if not torch.cuda.is_available():  # no GPU to ask for its architecture: Ampere, Hopper, and PTX for later ones
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     choices = extensions(cuda_home)
-    setup(ext_modules=[extension for extension, _ in choices], cmdclass={"build_ext": build_command(choices, no_cuda)})
+    setup(
+        ext_modules=[extension for extension, _ in choices],
+        cmdclass={"build_ext": build_command(choices, no_cuda)},
+        install_requires=[pin, *DEPENDENCIES],
+    )
