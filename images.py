@@ -18,16 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
-TORCHVISION = {
-    "cifar10": torchvision.datasets.CIFAR10,
-    "fashion_mnist": torchvision.datasets.FashionMNIST,
-    "mnist": torchvision.datasets.MNIST,
-}
+TORCHVISION = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}  # its classes
 SHAPES = ["circle", "ring", "triangle", "square", "hexagon", "star", "cross", "crescent", "bar", "half disc"]
 SHAPES_COUNT = {True: 30_000, False: 3_000}
 GREY = ("1", "L", "I;16")  # modes of PIL
@@ -84,7 +79,7 @@ def load_named(name, data_dir, train):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # offline behind a firewall, a connection attempt would otherwise hang for minutes
     try:
-        data = TORCHVISION[name](data_dir, train=train, download=True)
+        data = download(name, data_dir, train)
     except Exception as error:  # URLError, RuntimeError, OSError: torchvision raises whatever its attempt met
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"{name} is not in {data_dir} and cannot be downloaded ({reason}); put it there, or use --data shapes"
@@ -94,6 +89,13 @@ def load_named(name, data_dir, train):
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)  # (N, H, W) or (N, H, W, 3)
     return images.contiguous(), torch.as_tensor(data.targets).long()
+
+
+def download(name, data_dir, train):
+    # Imported here: a torchvision that does not fit a CPU build of torch fails at import, and no other data needs it.
+    from torchvision import datasets
+
+    return getattr(datasets, TORCHVISION[name])(data_dir, train=train, download=True)
 
 
 def resize(images, size):

@@ -138,7 +138,7 @@ def test_offline_auto_falls_back_and_a_named_set_fails(tmp_path, monkeypatch, ca
         raise OSError("<urlopen error no network>")
 
     monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
-    monkeypatch.setattr(images, "TORCHVISION", dict.fromkeys(images.TORCHVISION, offline))
+    monkeypatch.setattr(images, "download", offline)
     assert choose_data("auto", full=False, data_dir=tmp_path) == "shapes"
     assert capsys.readouterr().out.count("\n") == 1
     assert choose_data("mnist", full=False, data_dir=tmp_path) == "mnist"
