@@ -757,11 +757,12 @@ def run(args, checkpoint):
         dist.broadcast_object_list(name)  # after the first process has downloaded it
     args.data = name[0]
     shuffled = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]  # folders come sorted by class
-    images = shuffled(load_images(args.data, args.data_dir, args.image_size, train=True)[0])
-    test = shuffled(load_images(args.data, args.data_dir, args.image_size, train=False)[0])
-    val, images = images.split([max(len(images) // 10, 1), len(images) - max(len(images) // 10, 1)])
+    test = images = shuffled(load_images(args.data, args.data_dir, args.image_size, train=False)[0])
+    if not args.sample:
+        images = shuffled(load_images(args.data, args.data_dir, args.image_size, train=True)[0])
+        val, images = images.split([max(len(images) // 10, 1), len(images) - max(len(images) // 10, 1)])
     channels = images.shape[1]
-    if len(images) < world():
+    if not args.sample and len(images) < world():
         raise UserError(f"--data {args.data}: {len(images)} training images are too few for {world()} processes")
 
     torch.manual_seed(args.seed)

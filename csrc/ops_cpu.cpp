@@ -201,7 +201,8 @@ at::Tensor posterior_step_cpu(
         const float* xs = load(x_buffer, x_data + b * image, x_at, begin, n);
         const float* os = load(o_buffer, o_data + b * image, o_at, begin, n);
         if (u_data) {
-          if (os != o_buffer) os = std::copy_n(os, n, o_buffer) - n;
+          if (os != o_buffer) std::copy_n(os, n, o_buffer);  // guided in place, and not in the caller's tensor
+          os = o_buffer;
           guide_chunk(o_buffer, load(u_buffer, u_data + b * image, u_at, begin, n), guidance_scale, n);
         }
         float* ys = destination(y_buffer, y_data + b * image, x_at, begin);

@@ -25,9 +25,8 @@ struct alignas(4 * sizeof(T)) Four {
 };
 
 // Whether every group of four neighbours in runs of n elements can be loaded at once.
-template <class T>
-bool vectorizable(const T* data, const Layout& at, int64_t n) {
-  return n % 4 == 0 && at.pixel_stride == 1 && reinterpret_cast<uintptr_t>(data) % sizeof(Four<T>) == 0;
+inline bool vectorizable(const at::Tensor& t, const Layout& at, int64_t n) {
+  return n % 4 == 0 && at.pixel_stride == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
 }
 
 inline dim3 grid_for(int64_t images, int64_t groups) {
@@ -128,14 +127,14 @@ at::Tensor posterior_step_cuda(
   float* y_data = y.mutable_data_ptr<float>();
   const at::Tensor seeds_dense = seeds.contiguous();
   // In a contiguous image groups run across channels.
-  x_at.vector = x_at.contiguous() && vectorizable(x_data, x_at, image) && vectorizable(y_data, x_at, image);
+  x_at.vector = x_at.contiguous() && vectorizable(x, x_at, image) && vectorizable(y, x_at, image);
+  o_at.vector = o_at.contiguous() && vectorizable(o, o_at, image);
+  u_at.vector = u.defined() && u_at.contiguous() && vectorizable(u, u_at, image);
 
   const auto launch = [&](auto type) {
     using T = decltype(type);
     const T* o_data = o.const_data_ptr<T>();
     const T* u_data = u.defined() ? u.const_data_ptr<T>() : nullptr;
-    o_at.vector = o_at.contiguous() && vectorizable(o_data, o_at, image);
-    u_at.vector = u_at.contiguous() && vectorizable(u_data, u_at, image);
     posterior_kernel<T><<<grid_for(images, (image + 3) / 4), THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
         y_data, x_data, o_data, u_data, static_cast<float>(guidance_scale), coefficients.const_data_ptr<float>(),
         step.const_data_ptr<int64_t>(), coefficients.size(0), seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, o_at,
@@ -169,7 +168,7 @@ struct Mask {
 struct Masks {
   Mask target, cond;
 
-  // Weights of four pixels of channel c; false where they are the same as channel 0's, and so in w already.
+  // Weights of four pixels of channel c; left alone where they are the same as channel 0's, and so in w already.
   template <class Acc>
   __device__ __forceinline__ void weights(Acc w[4], Acc cond_weight, int64_t b, int64_t c, int64_t group, int64_t n) const {
     if (c > 0 && target.channels <= 1 && cond.channels <= 1) return;
@@ -282,23 +281,18 @@ struct LossArguments : LossViews {
       : LossViews(pred_, target_.to(loss_dtype(pred_)), target_mask_.has_value()),
         target_mask(readable_mask(target_mask_)),
         cond_mask(readable_mask(cond_mask_)) {
-    p_at.vector = vector(pred, p_at);
-    t_at.vector = vector(target, t_at);
+    p_at.vector = vectorizable(pred, p_at, p_at.pixels);
+    t_at.vector = vectorizable(target, t_at, t_at.pixels);
     if (pred.numel() > 0) grid = grid_for(images, (p_at.pixels + 3) / 4);
   }
 
   Masks masks() const { return {mask(target_mask), mask(cond_mask)}; }
 
  private:
-  static bool vector(const at::Tensor& t, const Layout& at) {
-    return at.pixels % 4 == 0 && at.pixel_stride == 1 &&
-        reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
-  }
-
   Mask mask(const at::Tensor& m) const {
     if (!m.defined()) return {nullptr, false, 0, {}};
     Layout plane{1, p_at.pixels, 0, 1};
-    plane.vector = vector(m, plane);
+    plane.vector = vectorizable(m, plane, plane.pixels);
     return {m.const_data_ptr(), is_bytes(m), m.size(1), plane};
   }
 };
