@@ -23,6 +23,11 @@ from tqdm import tqdm
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 TORCHVISION = {"cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "mnist": "MNIST"}  # its classes
+CLASSES = {
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    "fashion_mnist": ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"],
+    "mnist": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+}
 SHAPES = ["circle", "ring", "triangle", "square", "hexagon", "star", "cross", "crescent", "bar", "half disc"]
 SHAPES_COUNT = {True: 30_000, False: 3_000}
 GREY = ("1", "L", "I;16")  # modes of PIL
@@ -51,6 +56,13 @@ def load_images(name, data_dir="data", image_size=32, train=True):
         return load_folder(Path(name), image_size, train)
     names = ", ".join([*TORCHVISION, "shapes"])
     raise DataError(f"--data {name}: neither a data set ({names}) nor a folder of images")
+
+
+def class_names(name):
+    """What the labels of a data set are called: a list, empty for a folder without sub-folders. Raises DataError."""
+    if name == "shapes" or name in CLASSES:
+        return SHAPES if name == "shapes" else CLASSES[name]
+    return scan_folder(Path(name))[2]
 
 
 def choose_data(name, full, data_dir="data"):
@@ -110,22 +122,23 @@ def resize(images, size):
 
 @functools.cache
 def scan_folder(folder):
-    """([(file, label)], whether all are greyscale), in order of class and file name."""
+    """([(file, label)], whether all are greyscale, names of the classes), in order of class and file name."""
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
     def images_of(paths):
         return sorted(p for p in paths if p.is_file() and p.suffix.lower() in endings)
 
     direct = images_of(folder.iterdir())
-    classes = [images_of(p.rglob("*")) for p in sorted(folder.iterdir()) if p.is_dir()]
-    if direct and any(classes):
+    classes = {p.name: images_of(p.rglob("*")) for p in sorted(folder.iterdir()) if p.is_dir()}
+    classes = {name: paths for name, paths in classes.items() if paths}
+    if direct and classes:
         raise DataError(f"--data {folder}: holds images both directly and in sub-folders; keep one of the two")
-    files = [(path, label) for label, paths in enumerate(filter(None, classes)) for path in paths]
+    files = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
     files = files or [(path, -1) for path in direct]
     if len(files) < 3:
         raise DataError(f"--data {folder}: {len(files) or 'no'} images in it or its sub-folders; at least 3 are needed")
     with ThreadPoolExecutor(8) as pool:
-        return files, all(pool.map(lambda item: open_image(item[0]).mode in GREY, files))
+        return files, all(pool.map(lambda item: open_image(item[0]).mode in GREY, files)), list(classes)
 
 
 def open_image(path):
@@ -138,7 +151,7 @@ def open_image(path):
 def load_folder(folder, image_size, train):
     """A folder with one sub-folder for each class, or with images directly in it; greyscale if every image is."""
     try:
-        files, grey = scan_folder(folder)
+        files, grey, _ = scan_folder(folder)
     except OSError as error:
         raise DataError(f"--data {folder}: cannot be read ({error})") from error
     parts = {True: [], False: []}

@@ -48,10 +48,14 @@ SCRIPT = Path(__file__).stem
 # ---------------------------------------------------------------------------------------------------------------------
 # Config. A flag on the command line wins over the preset. small suits two CPU cores, full is the configuration for a GPU.
 
-MODEL_FLAGS = {"image_size", "dim", "dim_mults", "num_blocks", "attn_resolutions", "num_timesteps", "schedule", "objective"}
+MODEL_FLAGS = {"image_size", "dim", "dim_mults", "num_blocks", "attn_resolutions", "linear_attention"}
+MODEL_FLAGS |= {"num_timesteps", "schedule", "objective"}
 # What a resumed run may change; all else would make it another run.
-FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "num_samples", "num_draws", "enforce_observed"}
+FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "variance", "num_samples", "num_draws", "enforce_observed"}
 FREE_FLAGS |= {"data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
+# What a checkpoint does not pass on.
+ONCE = {"sample": None, "resume": False, "overwrite": False}
+HISTORY = ("steps", "epochs", "train_loss", "val_loss", "test_loss")  # the columns of history.json
 
 
 class UserError(Exception):
@@ -103,6 +107,7 @@ def build_parser():
     flag("dim-mults", count, [1, 4, 6], "channels of each level, as multiples of dim", full=[1, 2, 2], nargs="+")
     flag("num-blocks", count, 1, "residual blocks of each level, going down and going up", full=2)
     flag("attn-resolutions", count, [], "sides of the feature maps that get attention", full=[16, 8], nargs="*")
+    flag("linear-attention", bool, False, "attention at cost linear in the pixels for all other maps")
     flag("dropout", number(float, 0, 1, "[)"), 0.0, "inside the residual blocks", full=0.1)
     groups.append(parser.add_argument_group("diffusion"))
     flag("num-timesteps", count, 1000, "steps of the forward process")
@@ -122,6 +127,7 @@ def build_parser():
     flag("sampler", ["ddpm", "ddim"], "ddim", "ancestral sampling or DDIM", full="ddpm")
     flag("sample-steps", count, 20, "network calls for an image, at most num-timesteps", full=1000)
     flag("eta", share, 0.0, "noise of DDIM: 0 none, 1 as much as DDPM")
+    flag("variance", ["small", "large"], "small", "of DDPM's reverse steps: that of the posterior, or beta")
     flag("num-samples", number(int, 1, 2**20), 256, "test images to reconstruct")
     flag("num-draws", number(int, 1, 1000), 8, "K, reconstructions of each")
     flag("enforce-observed", bool, True, "put the observed pixels back at the end")
@@ -140,6 +146,22 @@ def build_parser():
     return parser, presets
 
 
+def check_flags(args, parser):
+    """What argparse cannot see: flags that do not fit each other."""
+    halvings = len(args.dim_mults) - 1
+    if args.image_size % 2**halvings:
+        parser.error(f"--image-size {args.image_size}: the U-Net halves it {halvings} times, so it must be a multiple of "
+                     f"{2**halvings}")  # fmt: skip
+    if args.sample_steps > args.num_timesteps:
+        parser.error(f"--sample-steps {args.sample_steps}: at most --num-timesteps, {args.num_timesteps}")
+    n, n_cond, n_target = mask_counts(args)
+    if args.sparsity + (args.target_sparsity or args.sparsity) > 1:
+        parser.error(f"--sparsity {args.sparsity} and --target-sparsity {args.target_sparsity or args.sparsity}: "
+                     "the masks are disjoint, so their sum must not exceed 1")  # fmt: skip
+    if not (n_cond and n_target and n_cond + n_target <= n):
+        parser.error(f"--sparsity {args.sparsity}: that is {n_cond} pixels to see and {n_target} to score of the {n} there are")
+
+
 def get_config(argv):
     """Command line -> (namespace, checkpoint or None). Flags that do not fit exit with status 2, files with UserError."""
     parser, presets = build_parser()
@@ -154,7 +176,7 @@ def get_config(argv):
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"{flag} {given[name]}: the checkpoint was made with {saved[name]}; leave it out or start anew")
         folder = str(Path(run["sample"]).parent) if run["sample"] else run["out_dir"]
-        config = presets[saved["preset"]] | saved | {"out_dir": folder, "sample": None, "resume": False, "overwrite": False}
+        config = presets[saved["preset"]] | saved | ONCE | {"out_dir": folder}
         if "steps" in given or "epochs" in given:  # another length, so other intervals
             config |= {"log_every": None, "sample_every": None}
     else:
@@ -166,18 +188,7 @@ def get_config(argv):
     if "steps" in given or "epochs" in given:
         config |= {"steps": 0, "epochs": 0}
     args = argparse.Namespace(**(config | given | {"device": device, "preset": config["preset"]}))
-    n, n_cond, n_target = mask_counts(args)
-    if args.sparsity + (args.target_sparsity or args.sparsity) > 1:
-        parser.error(f"--sparsity {args.sparsity} and --target-sparsity {args.target_sparsity or args.sparsity}: "
-                     "the masks are disjoint, so their sum must not exceed 1")  # fmt: skip
-    if not (n_cond and n_target and n_cond + n_target <= n):
-        parser.error(f"--sparsity {args.sparsity}: that is {n_cond} pixels to see and {n_target} to score of the {n} there are")
-    halvings = len(args.dim_mults) - 1
-    if args.image_size % 2**halvings:
-        parser.error(f"--image-size {args.image_size}: the U-Net halves it {halvings} times, so it must be a multiple of "
-                     f"{2**halvings}")  # fmt: skip
-    if args.sample_steps > args.num_timesteps:
-        parser.error(f"--sample-steps {args.sample_steps}: at most --num-timesteps, {args.num_timesteps}")
+    check_flags(args, parser)
     return args, checkpoint
 
 
@@ -209,7 +220,7 @@ def make_scales(alphas_cumprod):
     return torch.stack([alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()], dim=1).float()
 
 
-def sampling_table(alphas_cumprod, objective, sampler, sample_steps, eta=0.0):
+def sampling_table(alphas_cumprod, objective, sampler, sample_steps, eta=0.0, variance="small"):
     """Timesteps (S,) int64, from T-1 down to 0, and for each the row (k_x, k_o, a, b, s) of posterior_step, float32 (S, 5).
 
     A step may skip timesteps: it goes from t to any s < t, and the last one ends at the clean image, alphas_cumprod = 1.
@@ -227,7 +238,7 @@ def sampling_table(alphas_cumprod, objective, sampler, sample_steps, eta=0.0):
     if sampler == "ddpm":  # Ho et al. 2020, Eq. 7
         a = a_s.sqrt() * (1 - alpha) / (1 - at)  # posterior_mean_coef1, of x_start
         b = alpha.sqrt() * (1 - a_s) / (1 - at)  # posterior_mean_coef2, of x_t
-        s = posterior_variance.sqrt()
+        s = (posterior_variance if variance == "small" else (1 - alpha) * (a_s < 1)).sqrt()  # no noise in the last step
     else:  # Song et al. 2021, Eq. 12: sqrt(a_s) x0_hat + sqrt(1 - a_s - s^2) eps_hat, eps_hat from the clipped x0_hat
         s = eta * posterior_variance.sqrt()
         b = (1 - a_s - s**2).clamp(min=0).sqrt() / (1 - at).sqrt()
@@ -289,14 +300,25 @@ class Attention(nn.Module):
     def forward(self, x, emb):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
-        h = F.scaled_dot_product_attention(*qkv.unbind(1))  # (B, heads, H*W, C/heads)
+        h = self.mix(*qkv.unbind(1))  # (B, heads, H*W, C/heads)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+    def mix(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class LinearAttention(Attention):
+    """Keys sum the values up to a (C/heads, C/heads) matrix first (Shen et al. 2021): cost H*W, not (H*W)^2."""
+
+    def mix(self, q, k, v):
+        return q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)
 
 
 class Unet(nn.Module):
     """x (B, in_channels, H, W), t (B,) -> (B, out_channels, H, W)."""
 
-    def __init__(self, in_channels, out_channels, image_size, dim, dim_mults, num_blocks, attn_resolutions, dropout):
+    def __init__(self, in_channels, out_channels, image_size, dim, dim_mults, num_blocks, attn_resolutions, linear_attention,
+                 dropout):  # fmt: skip
         super().__init__()
         dims, emb_dim = [dim * m for m in dim_mults], 2 * max(dim, 64)
         size = [image_size // 2**level for level in range(len(dims))]
@@ -305,7 +327,8 @@ class Unet(nn.Module):
             blocks = []
             for i in range(num_blocks):
                 blocks += [ResBlock(dims[level] if i else in_channels, dims[level], emb_dim, dropout)]
-                blocks += [Attention(dims[level])] if size[level] in attn_resolutions else []
+                if size[level] in attn_resolutions or linear_attention:
+                    blocks.append((Attention if size[level] in attn_resolutions else LinearAttention)(dims[level]))
             return nn.ModuleList(blocks)
 
         self.time = TimeEmbedding(emb_dim)
@@ -440,7 +463,9 @@ def sample(model, cond, cond_mask, seeds, args):
     seeds: int64 (B,). An image depends on its own seed, pixels and mask alone.
     """
     _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
-    timesteps, coefficients = sampling_table(alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta)
+    timesteps, coefficients = sampling_table(
+        alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta, args.variance
+    )
     coefficients = coefficients.to(cond.device)
     x_t = seeded_normal(seeds, cond.shape[1:])
     for step, t in enumerate(timesteps.tolist()):
@@ -700,8 +725,8 @@ def draw_reconstructions(path, truth, cond_mask, target_mask, draws):
 def draw_losses(path, history):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for part in ("train", "val", "test"):
-        axis.plot(history["steps"], history[f"{part}_loss"], label=part)
+    for name in HISTORY[2:]:
+        axis.plot(history["steps"], history[name], label=name)
     axis.set(xlabel="step", ylabel="loss", yscale="log")
     axis.legend()
     write(path, lambda p: figure.savefig(p, dpi=110))
@@ -757,20 +782,21 @@ def run(args, checkpoint):
         dist.broadcast_object_list(name)  # after the first process has downloaded it
     args.data = name[0]
     shuffled = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]  # folders come sorted by class
-    test = images = shuffled(load_images(args.data, args.data_dir, args.image_size, train=False)[0])
+    test = shuffled(load_images(args.data, args.data_dir, args.image_size, train=False)[0])
+    args.channels = test.shape[1]
     if not args.sample:
         images = shuffled(load_images(args.data, args.data_dir, args.image_size, train=True)[0])
         val, images = images.split([max(len(images) // 10, 1), len(images) - max(len(images) // 10, 1)])
-    channels = images.shape[1]
-    if not args.sample and len(images) < world():
-        raise UserError(f"--data {args.data}: {len(images)} training images are too few for {world()} processes")
+        if len(images) < world():
+            raise UserError(f"--data {args.data}: {len(images)} training images are too few for {world()} processes")
+    shape = (args.channels, args.image_size, args.image_size)
 
     torch.manual_seed(args.seed)
-    model = Unet(3 * channels, channels, args.image_size, args.dim, args.dim_mults, args.num_blocks,
-                 args.attn_resolutions, args.dropout)  # fmt: skip
+    model = Unet(3 * args.channels, args.channels, args.image_size, args.dim, args.dim_mults, args.num_blocks,
+                 args.attn_resolutions, args.linear_attention, args.dropout)  # fmt: skip
     model = model.to(device=device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    state = {"step": 0, "history": {k: [] for k in ("steps", "epochs", "train_loss", "val_loss", "test_loss")}, "losses": []}
+    state = {"step": 0, "history": {k: [] for k in HISTORY}, "losses": []}
     if checkpoint:
         load_weights(model, checkpoint["model"], args)
         load_weights(ema, checkpoint["ema"], args)
@@ -787,8 +813,8 @@ def run(args, checkpoint):
         args.log_every = args.log_every or max(args.steps // 40, 1)
         args.sample_every = args.sample_every or max(args.steps // 5, 1)
     if rank() == 0:
-        size = "x".join(map(str, images.shape[1:]))
-        print(f"{SCRIPT}.py: preset {args.preset}, data {args.data} ({len(images)} images of {size}), device {device}"
+        count = "" if args.sample else f"{len(images)} images of "
+        print(f"{SCRIPT}.py: preset {args.preset}, data {args.data} ({count}{'x'.join(map(str, shape))}), device {device}"
               f"{' (bfloat16)' if args.use_amp else ''}")  # fmt: skip
         print(f"extension: {fused_ddpm.status()}")
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, output in {out_dir}/")

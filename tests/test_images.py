@@ -153,3 +153,16 @@ def test_debian_fashion_mnist():
     test, labels = load_images("fashion_mnist", train=False)
     assert test.shape == (10000, 1, 32, 32) and labels.bincount().tolist() == [1000] * 10
     assert test[:, :, :2].sum() == 0 and 60 < test[:, :, 2:30, 2:30].float().mean() < 85
+
+
+def test_class_names(tmp_path):
+    assert images.class_names("shapes") == images.SHAPES
+    assert images.class_names("fashion_mnist")[9] == "ankle boot" and len(images.class_names("cifar10")) == 10
+    for name, count in [("b dogs", 3), ("a cats", 2), ("empty", 0)]:
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            save_image(tmp_path / name / f"{i}.png", np.zeros((8, 8, 3)))
+    assert images.class_names(str(tmp_path)) == ["a cats", "b dogs"]
+    _, labels = load_images(str(tmp_path), train=True)
+    assert labels.tolist() == [0, 0, 1, 1]  # one of the five is the test part
+    assert images.class_names(str(tmp_path / "b dogs")) == []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import sparse_ddpm as script
+import ddpm as script
 from fused_ddpm import posterior_step, seeded_normal
 
 SCHEDULES = ["linear", "cosine", "sigmoid"]

@@ -1,13 +1,8 @@
-"""sparse_ddpm.py: masks, what the network sees, training, resuming, reconstruction, metrics and messages."""
+"""sparse_ddpm.py: masks, what the network sees, reconstruction, metrics and messages."""
 
 import argparse
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,27 +93,17 @@ def test_patterns_look_as_they_are_called():
 
 def small_unet(channels=3, size=16, **changes):
     torch.manual_seed(0)
-    options = dict(dim=8, dim_mults=[1, 2, 4], num_blocks=1, attn_resolutions=[8], dropout=0.0) | changes
-    net = script.Unet(3 * channels, channels, size, **options)
+    options = dict(dim=8, dim_mults=[1, 2, 4], num_blocks=1, attn_resolutions=[8], linear_attention=False, dropout=0.0)
+    net = script.Unet(3 * channels, channels, size, **options | changes)
     for p in net.parameters():  # away from the zero initialisation, which would hide everything
         p.data += 0.05 * torch.randn_like(p)
     return net
 
 
-@pytest.mark.parametrize(
-    "mults, blocks, attention", [([1], 1, []), ([1, 2], 2, [16]), ([1, 2, 2, 3], 1, [4, 2]), ([3, 11], 1, [8])]
-)
-def test_unet_shapes_and_gradients(mults, blocks, attention):
-    net = small_unet(dim_mults=mults, num_blocks=blocks, attn_resolutions=attention)
-    out = net(torch.randn(2, 9, 16, 16), torch.tensor([0, 49]))
-    assert out.shape == (2, 3, 16, 16)
-    out.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-
-
 def test_full_preset_has_about_15_million_parameters():
-    flags = {k: script.build_parser()[1]["full"][k] for k in ("dim", "dim_mults", "num_blocks", "attn_resolutions", "dropout")}
-    count = sum(p.numel() for p in script.Unet(9, 3, 32, **flags).parameters())
+    full = script.build_parser()[1]["full"]
+    names = ("dim", "dim_mults", "num_blocks", "attn_resolutions", "linear_attention", "dropout")
+    count = sum(p.numel() for p in script.Unet(9, 3, 32, **{k: full[k] for k in names}).parameters())
     assert 14.5e6 < count < 16e6
 
 
@@ -152,17 +137,6 @@ def test_a_perfect_network_has_no_loss(objective):
     assert script.training_loss(lambda x, t: perfect + 1, x_start, t, noise, *masks, scales, args) == pytest.approx(1)
 
 
-def test_ema_warms_up():
-    model, ema = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(1.0), ema.weight.data.fill_(0.0)
-    expected = 0.0
-    for step in range(50):
-        script.update_ema(ema, model, step, 0.7)
-        decay = min(0.7, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay)
-    assert ema.weight.item() == pytest.approx(expected, rel=1e-5)
-
-
 # -- sampling -----------------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +144,7 @@ def test_ema_warms_up():
 def test_same_seed_same_image(sampler, eta, monkeypatch):
     """Extension and reference, batch 1 and 64, one thread and two: equal to 1e-4."""
     args = mask_args(image_size=16, num_timesteps=50, sample_steps=10, schedule="cosine", objective="v", sampler=sampler,
-                     eta=eta, enforce_observed=True)  # fmt: skip
+                     eta=eta, variance="small", enforce_observed=True)  # fmt: skip
     net, index = small_unet().eval(), torch.arange(64)
     cond_mask, _ = script.make_masks(index, 0, args)
     truth = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -253,128 +227,13 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     assert samples.shape == (4, 16, 16, 3) and samples.dtype == np.uint8
 
 
-def stop_after(monkeypatch, step, number=signal.SIGTERM):
-    update = script.update_ema
-
-    def update_and_stop(ema, model, at, decay):
-        update(ema, model, at, decay)
-        if at + 1 == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(script, "update_ema", update_and_stop)
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
-@pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (4, signal.SIGINT)])
-def test_resume_equals_uninterrupted(tmp_path, monkeypatch, step, number):
-    steps = TINY.index("--steps")
-    flags = [*TINY[:steps], *TINY[steps + 2 :], *"--dropout 0.2 --flip --epochs 1 --batch-size 24".split()]  # 9 steps
-    script.main([*flags, "--out-dir", str(tmp_path / "whole")])
-    with monkeypatch.context() as m:
-        stop_after(m, step, number)
-        with pytest.raises(SystemExit) as stopped:
-            script.main([*flags, "--out-dir", str(tmp_path / "parts")])
-    assert "--resume" in str(stopped.value)
-    assert torch.load(tmp_path / "parts/last.pt", weights_only=True)["step"] == step
-    script.main(["--resume", "--out-dir", str(tmp_path / "parts")])
-    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
-    for key in ("step", "history", "model", "ema", "optimizer", "losses"):
-        assert_same(whole[key], parts[key])
-    assert np.array_equal(np.load(tmp_path / "whole/samples.npy"), np.load(tmp_path / "parts/samples.npy"))
-
-
-def test_two_processes_equal_one(tmp_path):
-    def launch(n, name):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "tests/launch.py"]
-        flags = [*TINY, "--out-dir", str(tmp_path / name)]
-        root = Path(__file__).parent.parent
-        subprocess.run([*command, *flags], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
-        history = json.loads((tmp_path / name / "history.json").read_text())
-        return history, np.load(tmp_path / name / "reconstructions.npz")["draws"]
-
-    (one, one_draws), (two, two_draws) = launch(1, "one"), launch(2, "two")
-    for key in one:
-        np.testing.assert_allclose(one[key], two[key], rtol=1e-4)
-    np.testing.assert_allclose(one_draws, two_draws, atol=2e-3)
-
-
-def test_sampling_from_a_checkpoint(tmp_path):
+def test_more_draws_from_a_checkpoint(tmp_path):
     run(tmp_path / "run")
-    flags = ["--sample", str(tmp_path / "run/last.pt"), "--out-dir", str(tmp_path / "again")]
-    script.main(flags)
-    assert np.array_equal(np.load(tmp_path / "run/samples.npy"), np.load(tmp_path / "again/samples.npy"))
-    script.main([*flags, "--num-draws", "3", "--sampler", "ddpm", "--sample-steps", "7", "--num-samples", "5"])
-    assert np.load(tmp_path / "again/reconstructions.npz")["draws"].shape == (3, 5, 3, 16, 16)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
-    loss = script.masked_loss
-    calls = []
-
-    def diverging(out, *rest):
-        calls.append(1)
-        return loss(out, *rest) * (math.nan if len(calls) > 12 else 1)
-
-    monkeypatch.setattr(script, "masked_loss", diverging)
-    with pytest.raises(SystemExit, match="the loss became nan by step"):
-        run(tmp_path, "--save-every", "1")
-    checkpoint = script.load_checkpoint(tmp_path / "last.pt")
-    assert all(p.isfinite().all() for p in checkpoint["model"].values())
-
-
-def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def exploding(parameters, largest):
-        calls.append(1)
-        return clip(parameters, largest) * (math.inf if len(calls) == 4 else 1)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", exploding)
-    with pytest.raises(SystemExit, match="the loss became nan by step 4"):
-        run(tmp_path)
-    assert script.load_checkpoint(tmp_path / "last.pt")["step"] == 2
-
-
-def test_seeds_differ_in_batches_timesteps_and_noise(tmp_path, monkeypatch):
-    loss, seen = script.training_loss, {}
-
-    def record(model, x_start, t, noise, *rest):
-        seen[seed].append((x_start, t, noise))
-        return loss(model, x_start, t, noise, *rest)
-
-    monkeypatch.setattr(script, "training_loss", record)
-    for seed in (0, 1):
-        seen[seed] = []
-        run(tmp_path / str(seed), "--seed", str(seed), "--steps", "1")
-    for a, b in zip(seen[0][0], seen[1][0], strict=True):
-        assert not torch.equal(a, b)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "last.pt"
-    path.write_text("old")
-
-    def full_disk(temporary):
-        temporary.write_text("ne")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(script.UserError, match=r"last.pt: cannot be written .*No space left"):
-        script.write(path, full_disk)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    run_again = ["--sample", str(tmp_path / "run/last.pt"), "--out-dir", str(tmp_path / "again")]
+    script.main([*run_again, "--num-draws", "3", "--num-samples", "5"])
+    draws = np.load(tmp_path / "again/reconstructions.npz")["draws"]
+    assert draws.shape == (3, 5, 3, 16, 16)
+    np.testing.assert_allclose(draws[:2, :4], np.load(tmp_path / "run/reconstructions.npz")["draws"], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -398,55 +257,3 @@ def test_bad_flags_exit_with_2(tmp_path, capsys, flags, message):
         run(tmp_path / "run", *flags.split())
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.value.code == 2 and message in last_line and not (tmp_path / "run").exists()
-
-
-def test_bad_files_exit_with_1(tmp_path):
-    (tmp_path / "text.pt").write_text("hello")
-    torch.save({"script": "ddpm"}, tmp_path / "foreign.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    run(tmp_path / "run")
-    whole = (tmp_path / "run/last.pt").read_bytes()
-    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty").mkdir()
-    sample = ["--sample", None, "--out-dir", str(tmp_path / "out")]
-    for flags, message in [
-        (["--data", "cifar"], "--data cifar: neither a data set"),
-        (["--data", str(tmp_path / "empty")], "no images in it"),
-        (["--device", "cuda:99"], "--device cuda:99: "),
-        (["--out-dir", str(tmp_path / "text.pt" / "below")], "below/config.json: cannot be written"),
-    ]:
-        with pytest.raises(SystemExit) as error:
-            run(tmp_path / "new", *flags)
-        assert message in error.value.code and "\n" not in error.value.code and not (tmp_path / "new").exists()
-    for name, message in [
-        ("missing.pt", "no such checkpoint"),
-        ("text.pt", "not a checkpoint, or a damaged one"),
-        ("half.pt", "not a checkpoint, or a damaged one"),
-        ("list.pt", "not a checkpoint, or a damaged one"),
-        ("foreign.pt", "a checkpoint of ddpm.py, not of sparse_ddpm.py"),
-    ]:
-        sample[1] = str(tmp_path / name)
-        with pytest.raises(SystemExit) as error:
-            script.main(sample)
-        assert f"{tmp_path / name}: {message}" in error.value.code and not (tmp_path / "out").exists()
-    assert (tmp_path / "run/last.pt").read_bytes() == whole
-
-
-def test_a_run_is_not_overwritten_or_resumed_as_another(tmp_path, capsys):
-    run(tmp_path)
-    before = (tmp_path / "last.pt").read_bytes()
-    for flags, message in [
-        ([*TINY], "holds a run already; --resume continues it, --overwrite replaces it"),
-        (["--resume", "--sparsity", "0.3"], "--sparsity 0.3: the checkpoint was made with 0.2"),
-        (["--resume", "--dim", "16"], "--dim 16: the checkpoint was made with 8"),
-    ]:
-        with pytest.raises(SystemExit) as error:
-            script.main([*flags, "--out-dir", str(tmp_path)])
-        assert error.value.code == 2 and message in capsys.readouterr().err
-        assert (tmp_path / "last.pt").read_bytes() == before
-    script.main(["--resume", "--out-dir", str(tmp_path)])  # nothing is left to train, all the rest is done again
-    assert script.load_checkpoint(tmp_path / "last.pt")["step"] == 6
-    script.main(["--resume", "--steps", "8", "--out-dir", str(tmp_path)])  # a longer run is still the same run
-    assert script.load_checkpoint(tmp_path / "last.pt")["step"] == 8
-    run(tmp_path, "--overwrite", "--sparsity", "0.3")
-    assert script.load_checkpoint(tmp_path / "last.pt")["config"]["sparsity"] == 0.3
