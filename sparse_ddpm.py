@@ -711,7 +711,12 @@ def draw_reconstructions(path, truth, cond_mask, target_mask, draws):
         "original": rgb(truth), f"seen ({cond_mask.float().mean():.0%})": seen, "target mask": rgb(target_mask),
         "one draw": rgb(draws[0]), f"mean of {len(draws)}": rgb(draws.mean(0)), "spread": spread.permute(0, 3, 1, 2).float(),
     }  # fmt: skip
-    sheet = F.pad(torch.stack(list(columns.values())), (1, 1, 1, 1), value=1.0)  # (6, N, 3, H, W)
+    draw_sheet(path, columns)
+
+
+def draw_sheet(path, columns):
+    """A PNG with one column of images for each entry: {heading: float (N, 3, H, W) in [0, 1]}."""
+    sheet = F.pad(torch.stack(list(columns.values())), (1, 1, 1, 1), value=1.0)  # (k, N, 3, H, W)
     k, n, _, h, w = sheet.shape
     figure = Figure(figsize=(1.5 * k, 1.5 * n * h / w + 0.4), layout="constrained")
     axis = figure.subplots()

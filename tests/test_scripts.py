@@ -14,20 +14,26 @@ import torch
 
 import cfg_ddpm
 import ddpm
+import sparse_ddo
 import sparse_ddpm
 
-TINY = """--data shapes --image-size 16 --dim 8 --dim-mults 1 2 --batch-size 16 --num-timesteps 50 --sample-steps 4
---num-samples 4 --lr 1e-3 --save-every 2""".split()
-OF_ITS_OWN = {"ddpm": [], "sparse_ddpm": ["--num-draws", "2"], "cfg_ddpm": ["--guidance-sweep", "2"]}
+TINY = """--data shapes --image-size 16 --dim 8 --dim-mults 1 2 --batch-size 16 --sample-steps 4 --num-samples 4 --lr 1e-3
+--save-every 2""".split()
+OF_ITS_OWN = {
+    "ddpm": "--num-timesteps 50",
+    "sparse_ddpm": "--num-timesteps 50 --num-draws 2",
+    "cfg_ddpm": "--num-timesteps 50 --guidance-sweep 2",
+    "sparse_ddo": "--modes 8 --num-draws 2",
+}
 
 
-@pytest.fixture(params=[ddpm, sparse_ddpm, cfg_ddpm], ids=lambda module: module.__name__)
+@pytest.fixture(params=[ddpm, sparse_ddpm, cfg_ddpm, sparse_ddo], ids=lambda module: module.__name__)
 def script(request):
     return request.param
 
 
 def tiny(script):
-    return [*TINY, *OF_ITS_OWN[script.__name__]]
+    return [*TINY, *OF_ITS_OWN[script.__name__].split()]
 
 
 def run(script, out_dir, *flags):
@@ -63,7 +69,8 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("step, number", [(1, signal.SIGTERM), (4, signal.SIGINT)])
 def test_resume_equals_uninterrupted(script, tmp_path, monkeypatch, step, number):
-    flags = "--dropout 0.2 --flip --epochs 1 --batch-size 24".split()  # 9 steps
+    flags = "--flip --epochs 1 --batch-size 24".split()  # 9 steps
+    flags += ["--dropout", "0.2"] if script is not sparse_ddo else []  # it has none
     run(script, tmp_path / "whole", *flags)
     with monkeypatch.context() as m:
         stop_after(script, m, step, number)
@@ -98,10 +105,11 @@ def test_sampling_from_a_checkpoint(script, tmp_path):
     flags = ["--sample", str(tmp_path / "run/last.pt"), "--out-dir", str(tmp_path / "again")]
     script.main(flags)
     assert np.array_equal(np.load(tmp_path / "run/samples.npy"), np.load(tmp_path / "again/samples.npy"))
-    script.main([*flags, "--sampler", "ddpm", "--variance", "large", "--sample-steps", "7", "--num-samples", "5"])
+    sampler = ["--sampler", "ddpm", "--variance", "large"] if script is not sparse_ddo else []
+    script.main([*flags, *sampler, "--sample-steps", "7", "--num-samples", "5"])
     assert np.load(tmp_path / "again/samples.npy").shape == (5, 16, 16, 3)
     with pytest.raises(SystemExit):  # what is part of the model cannot be changed
-        script.main([*flags, "--schedule", "sigmoid"])
+        script.main([*flags, "--dim", "24"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, monkeypatch, capsys):
