@@ -828,7 +828,7 @@ def run(args, checkpoint):
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
+        torch.set_float32_matmul_precision("highest")  # no TF32: the transforms are matrix products
         torch.backends.cudnn.benchmark = True
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

@@ -76,6 +76,10 @@ def get_config(argv):
     factor = 2 ** (len(args.widths) - 1)
     if args.image_size < 4 or args.image_size % factor:
         parser.error(f"--image-size {args.image_size}: with {len(args.widths)} widths, a multiple of {factor}")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if not args.overwrite and Path(args.out_dir, "last.pt").exists():
         parser.error(f"--out-dir {args.out_dir}: holds a run already; --overwrite replaces it")
     return args
@@ -262,6 +266,8 @@ def main(argv=None):
         run(get_config(argv))
     except (DataError, OSError) as error:
         sys.exit(f"{SCRIPT}.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{SCRIPT}.py: interrupted, nothing is saved")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def test_a_run_learns_and_writes_everything(tmp_path, capsys):
         ("--steps 0", 2, "--steps 0: must be positive"),
         ("--lr nan", 2, "--lr nan: must be positive"),
         ("--image-size 30", 2, "--image-size 30: with 4 widths, a multiple of 8"),
+        ("--device cuda:99", 2, "--device cuda:99: "),
         ("--data nowhere", 1, "--data nowhere: neither a data set"),
     ],
 )
