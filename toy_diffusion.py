@@ -12,10 +12,11 @@ to go on from, so sampling goes in n steps, down the amounts 1, 1 - 1/n, ..., 1/
     move      x <- x + (f(x) - x) / (n - i)                                the rest of the way is n - i steps long
     renoise   x <- (1 - a) f(x) + a noise,   a = 1 - (i + 1) / n           the answer, spoilt again, a little less
 
-Moving keeps the noise it began with, and whatever was mistaken for texture early on stays; five steps are enough to see the
-idea. Fresh noise lets later steps mend earlier ones, and garments come out clean. But both mix averages in: the more steps of
-renoise, the smoother and blacker-and-whiter than the data. How much to move, how much noise to add and how to tell the
-network where it stands, so that samples follow the data's own statistics, is what ddpm.py is about.
+Moving keeps the noise it began with. In many small steps it follows a flow that leads from noise to the data (Liu et al.
+2022, rectified flow); in five it takes averages for images, which come out smoother than the data, and what was mistaken for
+texture early on stays. Fresh noise lets later steps mend earlier ones, so garments come out clean even from a small network;
+but it goes on from averages however many steps there are. How much to move, how much noise to add and how to tell the network
+where it stands, so that samples have the statistics of the data, is what ddpm.py is about.
 
     python toy_diffusion.py                              # train and sample, into out/toy_diffusion/
     python toy_diffusion.py --sampler move --sample-steps 5 --out-dir out/toy_moving
