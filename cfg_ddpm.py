@@ -37,8 +37,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import fused_ddpm
-from fused_ddpm import masked_loss, posterior_step, seeded_normal
-from images import DataError, choose_data, class_names, load_images
+from fused_ddpm import masked_loss, posterior_step, reverse_process, seeded_normal
+from images import DataError, SampleFile, choose_data, class_names, load_images
 
 SCRIPT = Path(__file__).stem
 
@@ -50,6 +50,7 @@ MODEL_FLAGS |= {"num_timesteps", "schedule", "objective"}
 # What a resumed run may change; all else would make it another run.
 FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "variance", "num_samples", "classes"}
 FREE_FLAGS |= {"guidance_scale", "guidance_sweep"}
+FREE_FLAGS |= {"lr", "grad_clip", "amp"}  # what a loss that became nan calls for
 FREE_FLAGS |= {"data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
 # What a checkpoint does not pass on.
 ONCE = {"sample": None, "resume": False, "overwrite": False}
@@ -148,6 +149,10 @@ def check_flags(args, parser):
                      f"{2**halvings}")  # fmt: skip
     if args.sample_steps > args.num_timesteps:
         parser.error(f"--sample-steps {args.sample_steps}: at most --num-timesteps, {args.num_timesteps}")
+    known = {0: {1}, 1: {0}}.get(args.cond_drop_prob)
+    if known and {args.guidance_scale, *args.guidance_sweep} - known:
+        parser.error(f"--cond-drop-prob {args.cond_drop_prob:g}: the network then knows --guidance-scale {min(known)} and "
+                     f"--guidance-sweep {min(known)} only")  # fmt: skip
 
 
 def get_config(argv):
@@ -379,26 +384,31 @@ def training_loss(model, x_start, t, noise, labels, scales, args):
 
 
 @torch.no_grad()
-def sample(model, shape, labels, seeds, args):
+def sample(model, shape, labels, seeds, args, watch=None, graphs=None):
     """Images (B, *shape) in [-1, 1] of classes `labels`, guided with args.guidance_scale.
 
-    labels, seeds: int64 (B,) on the device. An image depends on its own label and seed alone.
+    labels, seeds: int64 (B,) on the device. An image depends on its own label and seed alone. watch: called with each x_t;
+    graphs: see reverse_process.
     """
     _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
-    timesteps, coefficients = sampling_table(
-        alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta, args.variance
+    timesteps, coefficients = (
+        x.to(seeds.device)
+        for x in sampling_table(alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta, args.variance)
     )
-    coefficients = coefficients.to(seeds.device)
-    w, null = args.guidance_scale, torch.full_like(labels, len(args.class_names))
-    x_t, out_uncond = seeded_normal(seeds, shape), None
-    for step, t in enumerate(timesteps.tolist()):
-        t = torch.full_like(labels, t)
+    w = args.guidance_scale
+
+    def reverse_step(x_t, step, labels, seeds):
+        t, null, out_uncond = timesteps[step].expand(len(x_t)), torch.full_like(labels, len(args.class_names)), None
         if w in (0, 1):  # one of the two outputs is all there is to it
             out = predict(model, x_t, t, labels if w == 1 else null, args)
         else:
             out = predict(model, torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, null]), args)
             out, out_uncond = out.chunk(2)
-        x_t = posterior_step(x_t, out, coefficients, step, seeds, out_uncond, w)
+        return posterior_step(x_t, out, coefficients, step, seeds, out_uncond, w)
+
+    for x_t in reverse_process(reverse_step, seeded_normal(seeds, shape), args.sample_steps, [labels, seeds], graphs):
+        if watch:
+            watch(x_t)
     return x_t
 
 
@@ -517,6 +527,8 @@ def train(args, model, ema, optimizer, images, labels, held_out, state, stopped)
         mirror = torch.rand(batch_size, device=device) < 0.5 * args.flip
         drop = torch.rand(batch_size, device=device) < args.cond_drop_prob
         index, t, noise, mirror, drop = index[share], t[share], noise[share], mirror[share], drop[share]
+        if rank():
+            torch.manual_seed(mix(args.seed, step, 2, rank()))  # for dropout of its own
         x_start = to_device(images[index], device)
         x_start = torch.where(mirror[:, None, None, None], x_start.flip(-1), x_start)
         c = torch.where(drop, len(args.class_names), labels[index])
@@ -563,7 +575,8 @@ def train(args, model, ema, optimizer, images, labels, held_out, state, stopped)
         if stop:
             break
         if done % args.sample_every == 0 and not last:
-            draw_classes(out_dir / f"step_{done:06d}.png", *generate(ema, images.shape[1:], 64, args), args)
+            classes = labels_in_turn(64, args)
+            draw_classes(out_dir / f"step_{done:06d}.png", generate(ema, images.shape[1:], classes, args), classes, args)
     progress.close()
     return not stop
 
@@ -574,9 +587,10 @@ def train(args, model, ema, optimizer, images, labels, held_out, state, stopped)
 
 def chosen_classes(args):
     """Labels for --classes, numbers or names in any case; all by default. Raises UserError."""
-    names = [name.lower() for name in args.class_names]
-    labels = []
-    for text in args.classes.split(",") if args.classes is not None else names:
+    if args.classes is None:
+        return list(range(len(args.class_names)))
+    names, labels = [name.strip().lower() for name in args.class_names], []
+    for text in args.classes.split(","):
         text = text.strip().lower()
         if text not in names and not (text.isdecimal() and int(text) < len(names)):
             known = ", ".join(f"{i} {name}" for i, name in enumerate(args.class_names))
@@ -585,18 +599,29 @@ def chosen_classes(args):
     return labels
 
 
-def generate(model, shape, n, args, title=None):
-    """n images of the chosen classes in turn, shared out over the processes: uint8 (n, C, H, W) and labels (n,), on the CPU."""
-    device, classes = args.device, torch.tensor(chosen_classes(args), device=args.device)
-    images = torch.zeros(n, *shape, dtype=torch.uint8, device=device)
-    labels = classes[torch.arange(n, device=device) % len(classes)]
-    mine = torch.arange(rank() * n // world(), (rank() + 1) * n // world(), device=device)
-    batches = mine.split(args.batch_size) if len(mine) else []
-    for index in tqdm(batches, desc=title, unit="batch", disable=rank() > 0 or not title, leave=False):
-        images[index] = to_bytes(sample(model, shape, labels[index], (args.seed << 32) + index, args))
-    if world() > 1:
+def labels_in_turn(n, args):
+    """The chosen classes over and over: int64 (n,) on the device."""
+    classes = torch.tensor(chosen_classes(args), device=args.device)
+    return classes[torch.arange(n, device=args.device) % len(classes)]
+
+
+def generate(model, shape, labels, args, file=None):
+    """An image for each of the labels (n,), shared out over the processes: the same for any number of them, up to rounding.
+
+    Returns uint8 (n, C, H, W) on the CPU; or, with a SampleFile, adds what that does not hold yet and returns nothing.
+    """
+    images = torch.zeros(len(labels), *shape, dtype=torch.uint8, device=args.device) if file is None else file
+    batches, graphs = torch.arange(len(labels), device=args.device).split(args.batch_size), {}
+    mine = (batches if file is None else file.missing(batches))[rank() :: world()]
+    hidden = rank() > 0 or file is None
+    progress = tqdm(desc="sampling", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    for index in mine:
+        seeds = (args.seed << 32) + index
+        images[index] = to_bytes(sample(model, shape, labels[index], seeds, args, lambda x_t: progress.update(), graphs))
+    progress.close()
+    if file is None and world() > 1:
         dist.all_reduce(images)  # each process left the others' share at zero
-    return images.cpu(), labels.cpu()
+    return images.cpu() if file is None else None
 
 
 def to_bytes(x):
@@ -730,7 +755,7 @@ def run(args, checkpoint):
     if not args.sample:
         if rank() == 0:
             for old in [*out_dir.glob("last.pt"), *out_dir.glob("step_*.png")] if not checkpoint else []:
-                old.unlink()  # --overwrite: from here on nothing is left to mistake for the new run's
+                old.unlink()  # --overwrite: none of these to be mistaken for the new run's
             write(out_dir / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=1)))
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         if checkpoint:
@@ -744,9 +769,11 @@ def run(args, checkpoint):
             raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
         if rank() == 0:
             draw_losses(out_dir / "loss.png", state["history"])
-    samples, drawn = generate(ema, shape, args.num_samples, args, "sampling")
+    drawn = labels_in_turn(args.num_samples, args)
+    file = SampleFile(out_dir / "samples.npy", (args.num_samples, *shape), np.uint8, vars(args), ema.state_dict().values())
+    generate(ema, shape, drawn, args, file)
+    samples, drawn = torch.from_numpy(file.finish()).movedim(-1, 1), drawn.cpu()
     if rank() == 0:
-        write(out_dir / "samples.npy", lambda path: np.save(path, samples.permute(0, 2, 3, 1).numpy()))
         write(out_dir / "labels.npy", lambda path: np.save(path, drawn.numpy()))
         draw_classes(out_dir / "samples.png", samples, drawn, args)
         if args.guidance_sweep:

@@ -42,8 +42,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import fused_ddpm
-from fused_ddpm import masked_loss, posterior_step, seeded_normal
-from images import DataError, choose_data, load_images
+from fused_ddpm import masked_loss, posterior_step, reverse_process, seeded_normal
+from images import DataError, SampleFile, choose_data, load_images
 
 SCRIPT = Path(__file__).stem
 
@@ -54,6 +54,7 @@ MODEL_FLAGS = {"image_size", "dim", "dim_mults", "num_blocks", "attn_resolutions
 MODEL_FLAGS |= {"num_timesteps", "schedule", "objective"}
 # What a resumed run may change; all else would make it another run.
 FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "variance", "num_samples", "plots"}
+FREE_FLAGS |= {"lr", "grad_clip", "amp"}  # what a loss that became nan calls for
 FREE_FLAGS |= {"data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
 # What a checkpoint does not pass on.
 ONCE = {"sample": None, "resume": False, "overwrite": False, "plots": False}
@@ -378,22 +379,25 @@ def training_loss(model, x_start, t, noise, scales, args):
 
 
 @torch.no_grad()
-def sample(model, shape, seeds, args, trace=None):
-    """Images (B, *shape) in [-1, 1] by the reverse process from pure noise. trace: a list that collects each x_t.
+def sample(model, shape, seeds, args, watch=None, graphs=None):
+    """Images (B, *shape) in [-1, 1] by the reverse process from pure noise.
 
-    seeds: int64 (B,) on the device. An image depends on its own seed alone.
+    seeds: int64 (B,) on the device. An image depends on its own seed alone. watch: called with each x_t; graphs: see
+    reverse_process.
     """
     _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
-    timesteps, coefficients = sampling_table(
-        alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta, args.variance
+    timesteps, coefficients = (
+        x.to(seeds.device)
+        for x in sampling_table(alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta, args.variance)
     )
-    coefficients = coefficients.to(seeds.device)
-    x_t = seeded_normal(seeds, shape)
-    for step, t in enumerate(timesteps.tolist()):
-        if trace is not None:
-            trace.append(x_t)
-        out = predict(model, x_t, torch.full((len(seeds),), t, device=seeds.device), args)
-        x_t = posterior_step(x_t, out, coefficients, step, seeds)
+
+    def reverse_step(x_t, step, seeds):
+        out = predict(model, x_t, timesteps[step].expand(len(x_t)), args)
+        return posterior_step(x_t, out, coefficients, step, seeds)
+
+    for x_t in reverse_process(reverse_step, seeded_normal(seeds, shape), args.sample_steps, [seeds], graphs):
+        if watch:
+            watch(x_t)
     return x_t
 
 
@@ -510,6 +514,8 @@ def train(args, model, ema, optimizer, images, held_out, state, stopped):
         noise = torch.randn(batch_size, *images.shape[1:], device=device)
         mirror = torch.rand(batch_size, device=device) < 0.5 * args.flip
         index, t, noise, mirror = index[share], t[share], noise[share], mirror[share]
+        if rank():
+            torch.manual_seed(mix(args.seed, step, 2, rank()))  # for dropout of its own
         x_start = to_device(images[index], device)
         x_start = torch.where(mirror[:, None, None, None], x_start.flip(-1), x_start)
 
@@ -564,16 +570,23 @@ def train(args, model, ema, optimizer, images, held_out, state, stopped):
 # Samples, pictures.
 
 
-def generate(model, shape, n, args, title=None):
-    """n images as uint8 (n, C, H, W) on the CPU, shared out over the processes: the same ones for any number of them."""
-    images = torch.zeros(n, *shape, dtype=torch.uint8, device=args.device)
-    mine = torch.arange(rank() * n // world(), (rank() + 1) * n // world(), device=args.device)
-    batches = mine.split(args.batch_size) if len(mine) else []
-    for index in tqdm(batches, desc=title, unit="batch", disable=rank() > 0 or not title, leave=False):
-        images[index] = to_bytes(sample(model, shape, (args.seed << 32) + index, args))
-    if world() > 1:
+def generate(model, shape, n, args, file=None):
+    """n images, shared out over the processes: the same ones for any number of them and any batch size, up to rounding.
+
+    Returns uint8 (n, C, H, W) on the CPU; or, with a SampleFile, adds what that does not hold yet and returns nothing.
+    """
+    images = torch.zeros(n, *shape, dtype=torch.uint8, device=args.device) if file is None else file
+    batches, graphs = torch.arange(n, device=args.device).split(args.batch_size), {}
+    mine = (batches if file is None else file.missing(batches))[rank() :: world()]
+    hidden = rank() > 0 or file is None
+    progress = tqdm(desc="sampling", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    for index in mine:
+        seeds = (args.seed << 32) + index
+        images[index] = to_bytes(sample(model, shape, seeds, args, lambda x_t: progress.update(), graphs))
+    progress.close()
+    if file is None and world() > 1:
         dist.all_reduce(images)  # each process left the others' share at zero
-    return images.cpu()
+    return images.cpu() if file is None else None
 
 
 def to_bytes(x):
@@ -656,8 +669,9 @@ def draw_process(model, images, args):
     heads = [f"t = {t}" for t in times]
     draw_grid(out_dir / "forward.png", to_bytes(torch.stack(columns, dim=1).flatten(0, 1)), len(heads), heads=heads)
 
-    frames = []
-    frames.append(sample(model, shape, (args.seed << 32) + torch.arange(9, device=device), args, frames))
+    seeds = (args.seed << 32) + torch.arange(9, device=device)
+    frames = [seeded_normal(seeds, shape)]
+    sample(model, shape, seeds, args, lambda x_t: frames.append(x_t.clone()))
     steps = [round(i) for i in np.linspace(0, len(frames) - 1, 10)]
     heads = [f"{i} steps" for i in steps]
     columns = [frames[i][:6] for i in steps]
@@ -741,7 +755,7 @@ def run(args, checkpoint):
     if not args.sample:
         if rank() == 0:
             for old in [*out_dir.glob("last.pt"), *out_dir.glob("step_*.png")] if not checkpoint else []:
-                old.unlink()  # --overwrite: from here on nothing is left to mistake for the new run's
+                old.unlink()  # --overwrite: none of these to be mistaken for the new run's
             write(out_dir / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=1)))
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         if checkpoint:
@@ -753,10 +767,11 @@ def run(args, checkpoint):
             raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
         if rank() == 0:
             draw_losses(out_dir / "loss.png", state["history"])
-    samples = generate(ema, shape, args.num_samples, args, "sampling")
+    file = SampleFile(out_dir / "samples.npy", (args.num_samples, *shape), np.uint8, vars(args), ema.state_dict().values())
+    generate(ema, shape, args.num_samples, args, file)
+    samples = torch.from_numpy(file.finish()).movedim(-1, 1)
     draw_grid(out_dir / "samples.png", samples[:64])
     if rank() == 0:
-        write(out_dir / "samples.npy", lambda path: np.save(path, samples.permute(0, 2, 3, 1).numpy()))
         if args.plots:
             draw_process(ema, test, args)
         print(f"samples.npy ({len(samples)} images) and pictures are in {out_dir}/")

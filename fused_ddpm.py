@@ -5,11 +5,13 @@
 
 Both run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the reference here, and give
 the same numbers up to rounding. `status()` tells which and why; FUSED_DDPM=0 in the environment forces the reference.
+`reverse_process` runs network and step over and over, on a GPU as one CUDA graph.
 """
 
 import json
 import os
 import sysconfig
+import warnings
 from pathlib import Path
 
 import torch
@@ -134,6 +136,55 @@ def seeded_normal(seeds, shape):
     zeros = torch.zeros(len(seeds), *shape, device=seeds.device)
     only_noise = torch.eye(5, device=seeds.device)[4:]  # s = 1; made on the device, so that a CUDA graph may hold it
     return posterior_step(zeros, zeros, only_noise, 0, seeds, stream=START_NOISE)
+
+
+def _capture(body, warm_up, device):
+    """body(), work on fixed CUDA tensors, as a CUDA graph: its replay, one launch whatever body launches. Else body itself."""
+    if device.type != "cuda":
+        return body
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries choose their algorithms and take their workspaces, which they cannot while captured
+            warm_up()
+    current.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may call CUDA meanwhile
+        body()
+    return graph.replay
+
+
+def reverse_process(reverse_step, x_t, num_steps, inputs=(), graphs=None):
+    """Yields x_t after each of num_steps times x_t = reverse_step(x_t, step, *inputs), step = 0, 1, ... as int64 (1,).
+
+    On a GPU a step, network and all, is one replay of a CUDA graph. For that reverse_step must neither read a value on the
+    host nor depend on any tensor made anew between calls, save x_t and the tensors `inputs`. Where it cannot be captured, a
+    warning says why and the steps run one by one. What is yielded is overwritten by the next step: clone it to keep it.
+
+    graphs: a dict, empty at first, that passes the graph on to later calls of the same reverse_step with other values.
+    """
+    graphs = {} if graphs is None else graphs
+    key = tuple((t.shape, t.stride(), t.dtype) for t in (x_t, *inputs))
+    if key not in graphs:
+        fixed, step = [t.clone() for t in (x_t, *inputs)], torch.zeros(1, dtype=torch.int64, device=x_t.device)
+
+        def body():
+            fixed[0].copy_(reverse_step(fixed[0], step, *fixed[1:]))
+            step.add_(1)
+
+        try:
+            replay = _capture(body, lambda: reverse_step(fixed[0], step, *fixed[1:]), x_t.device)
+        except RuntimeError as error:
+            warnings.warn(f"sampling without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
+            replay = body
+        graphs[key] = fixed, step, replay, body  # body, as it keeps alive what reverse_step refers to: the graph has addresses
+    fixed, step, replay, _ = graphs[key]
+    for to, value in zip(fixed, (x_t, *inputs), strict=True):
+        to.copy_(value)
+    step.zero_()
+    for _ in range(num_steps):
+        replay()
+        yield fixed[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

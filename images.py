@@ -1,4 +1,4 @@
-"""Image data sets by name or folder, each as one uint8 tensor.
+"""Images on disk: data sets by name or folder, each as one uint8 tensor, and the file that samples are written to.
 
     images, labels = load_images("fashion_mnist", train=True)    # (60000, 1, 32, 32) uint8, (60000,) int64
 
@@ -9,14 +9,19 @@ here, needs no file), or the path of a folder of images.
 
 import functools
 import gzip
+import hashlib
+import io
 import itertools
+import json
 import math
+import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -35,9 +40,26 @@ HELD_OUT = 10  # of a folder, the last tenth of each class is the test part
 
 
 class DataError(Exception):
-    """Data that is not there or cannot be read; the message says which and what to do."""
+    """Data that is not there, or cannot be read or written; the message says which and what to do."""
 
 
+def one_first(load):
+    """Of several processes the first loads before the others, so that it alone downloads what is not there yet."""
+
+    @functools.wraps(load)
+    def wait_and_load(*args, **options):
+        several = dist.is_initialized()
+        if several and dist.get_rank() > 0:
+            dist.barrier()
+        loaded = load(*args, **options)
+        if several and dist.get_rank() == 0:
+            dist.barrier()
+        return loaded
+
+    return wait_and_load
+
+
+@one_first
 def load_images(name, data_dir="data", image_size=32, train=True):
     """A data set as (images, labels): uint8 (N, C, image_size, image_size) and int64 (N,), the latter -1 without classes.
 
@@ -245,3 +267,94 @@ def shape_distance(name, x, y):
     if name == "bar":
         return torch.hypot(x - x.clamp(-0.7, 0.7), y) - 0.28
     return torch.maximum(r - 0.9, y)  # half disc
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples on their way to disk.
+
+# Settings that leave the images as they are, up to rounding.
+BESIDE_THE_POINT = {"batch_size", "device", "compile", "out_dir", "data_dir", "sample", "resume", "overwrite", "plots"}
+BESIDE_THE_POINT |= {"steps", "epochs", "log_every", "save_every", "sample_every"}  # of these the weights tell
+
+
+class SampleFile:
+    """An .npy file (n, H, W, C), filled batch by batch in memory that does not grow, by any number of processes.
+
+    `file[index] = images` puts images (B, C, H, W) in the places index (B,). Until finish() the file is called <path>.part and
+    ends in one byte an image, 1 once it is on disk, and a hash of all that the images are made from. So a run that is cut off,
+    at whatever moment, leaves what it has to the next one with the same settings and tensors. Of several processes each opens
+    and finishes it, on one file system. Raises DataError where it cannot be written.
+    """
+
+    def __init__(self, path, shape, dtype, settings, tensors):
+        """shape: (n, C, H, W). settings: a dict for JSON. tensors: what else the images depend on, weights for instance."""
+        n, *image = shape
+        self.path, self.part, self.dtype = path, path.with_name(f"{path.name}.part"), np.dtype(dtype)
+        header = io.BytesIO()
+        layout = {"descr": self.dtype.str, "fortran_order": False, "shape": (n, *image[1:], image[0])}
+        np.lib.format.write_array_header_1_0(header, layout)
+        settings = {name: value for name, value in settings.items() if name not in BESIDE_THE_POINT}
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for tensor in tensors:
+            key.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+        header, key = header.getvalue(), key.digest()
+        self.first, self.image_bytes = len(header), math.prod(image) * self.dtype.itemsize
+        self.flags = self.first + n * self.image_bytes
+        try:
+            if self.leads():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.part, "r+b" if self.part.exists() else "w+b") as file:
+                    same = file.read(len(header)) == header and file.seek(self.flags + n) and file.read() == key
+                    if not same:
+                        file.truncate(0)
+                        for at, data in (0, header), (self.flags + n, key):  # the system fills up with zeros
+                            file.seek(at)
+                            file.write(data)
+            self.file = self.all_wait() or open(self.part, "r+b")
+            self.file.seek(self.flags)
+            self.done = np.frombuffer(self.file.read(n), dtype=np.bool_)
+            self.all_wait()  # until all have read it: they share out the rest by it
+            if self.done.any() and self.leads():
+                print(f"{path.name}: {self.done.sum()} of {n} are there from an earlier run")
+        except OSError as error:
+            raise DataError(f"{self.part}: cannot be written ({error})") from error
+
+    def leads(self):
+        return not dist.is_initialized() or dist.get_rank() == 0
+
+    def all_wait(self):
+        if dist.is_initialized():
+            dist.barrier()
+
+    def write(self, index, size, data, start):
+        for i, item in zip(index.tolist(), data, strict=True):
+            self.file.seek(start + i * size)
+            self.file.write(item)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def __setitem__(self, index, images):
+        images = images.movedim(1, -1).cpu().numpy().astype(self.dtype, order="C", copy=False)
+        try:
+            self.write(index, self.image_bytes, images, self.first)
+            self.write(index, 1, [b"\1"] * len(index), self.flags)  # later, so that no flag outlives its image
+        except OSError as error:
+            raise DataError(f"{self.part}: cannot be written ({error}); make room and run the same again to go on") from error
+
+    def missing(self, batches):
+        """Those of the batches, a list of indices (B,), that were not whole when the file was opened."""
+        return [index for index in batches if not self.done[index.cpu().numpy()].all()]
+
+    def finish(self):
+        """Once all processes have filled in their share: the whole array, at its path and mapped into memory."""
+        self.file.close()
+        self.all_wait()
+        if self.leads():
+            with open(self.part, "r+b") as file:
+                file.seek(self.flags)
+                if not all(file.read(len(self.done))):
+                    raise DataError(f"{self.part}: some are missing, which another process was to write; run the same again")
+                file.truncate(self.flags)
+            os.replace(self.part, self.path)
+        self.all_wait()
+        return np.load(self.path, mmap_mode="c")

@@ -5,7 +5,7 @@ defined for functions and only then sampled, so that one network trained at 32x3
 orthonormal cosine transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
 
     z_t = alpha_k(t) x + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)      blurred more and more (s), and noisier
-    a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t / 2), cut off at +-10
+    a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it runs from 10 to -10
     e: a Gaussian process with covariance exp(-(r / l)^2), not white noise, which is no function
 
 The network is an FNO U-Net (Li et al. 2021, arXiv 2010.08895): convolutions by their lowest Fourier modes, band-limited
@@ -46,8 +46,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import fused_ddpm
-from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, seeded_normal
-from images import DataError, choose_data, load_images
+from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, reverse_process, seeded_normal
+from images import DataError, SampleFile, choose_data, load_images
 
 SCRIPT = Path(__file__).stem
 
@@ -57,6 +57,7 @@ SCRIPT = Path(__file__).stem
 MODEL_FLAGS = {"dim", "dim_mults", "num_blocks", "modes", "conditioning", "objective", "length_scale", "blur_min", "blur_max"}
 # What a resumed run may change; all else would make it another run.
 FREE_FLAGS = {"steps", "epochs", "sample_steps", "num_samples", "num_draws", "enforce_observed"}
+FREE_FLAGS |= {"lr", "grad_clip", "amp"}  # what a loss that became nan calls for
 FREE_FLAGS |= {"data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
 # What a checkpoint does not pass on.
 ONCE = {"sample": None, "resume": False, "overwrite": False}
@@ -240,16 +241,30 @@ def noise_scale(n, length, device):
 
 
 def gp_noise(white, args):
-    """A Gaussian process (B, C, n, n) of variance 1 (twice that at an edge) from white noise, one number a mode."""
+    """A Gaussian process (B, C, n, n) from white noise, one number a mode.
+
+    Its variance is 1, and twice that at an edge, if the grid resolves the length scale and the square is much larger.
+    """
     return idct(noise_scale(white.shape[-1], args.length_scale, white.device) * white)
 
 
-def seeded_white(seeds, channels, n, step):
-    """A standard normal for each mode (B, channels, n, n), by seeds (B,) and step: of the same modes the same up to 64x64."""
-    size = max(n, 64)
-    zeros = torch.zeros(len(seeds), channels, size, size, device=seeds.device)
-    only_noise = torch.eye(5, device=seeds.device)[4:].repeat(step + 1, 1)
-    return posterior_step(zeros, zeros, only_noise, step, seeds)[..., :n, :n]
+def seeded_white(seeds, channels, n, step, last):
+    """A standard normal for each mode (B, channels, n, n), by seeds (B,) and step: on any grid the same for the same mode.
+
+    step: 0 to last, an int or an int64 tensor.
+    """
+    zeros = torch.zeros(len(seeds), n * n * channels, device=seeds.device)
+    only_noise = torch.eye(5, device=seeds.device)[4:].repeat(last + 1, 1)
+    return posterior_step(zeros, zeros, only_noise, step, seeds)[:, places_in_shells(n, channels, seeds.device)]
+
+
+@functools.cache
+def places_in_shells(n, channels, device):
+    """Where mode (k1, k2) of a channel stands (channels, n, n) if modes are listed by max(k1, k2): a finer grid only adds."""
+    k1, k2 = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    shell = torch.maximum(k1, k2)
+    place = shell**2 + torch.where(k1 == shell, k2, shell + 1 + k1)
+    return (place * channels + torch.arange(channels)[:, None, None]).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,23 +304,28 @@ def fourier_matrix(n, modes, device):
 
 @functools.cache
 def resize_matrix(size, n, device):
-    """(n, size): from values at `size` pixel centres to those at n, by the Fourier modes that both grids can hold."""
+    """(n, size): from values at `size` pixel centres to those at n, by the Fourier modes below half the smaller grid."""
     k = torch.arange(1 - min(size, n) // 2, min(size, n) // 2, dtype=torch.float64)
     x, y = ((torch.arange(m, dtype=torch.float64) + 0.5) / m for m in (size, n))
     return torch.cos(2 * math.pi * k * (y[:, None, None] - x[:, None])).mean(-1).mul(len(k) / size).float().to(device)
+
+
+@torch.compiler.assume_constant_result  # else torch.compile makes them anew in each call
+def cached(make, *args):
+    return make(*args)
 
 
 def resize(x, n):
     """Band-limited resampling (..., size, size) -> (..., n, n)."""
     if x.shape[-1] == n:
         return x
-    matrix = resize_matrix(x.shape[-1], n, x.device)
+    matrix = cached(resize_matrix, x.shape[-1], n, x.device)
     with torch.autocast(x.device.type, enabled=False):
         return matrix @ x.float() @ matrix.T
 
 
 class SpectralConv(nn.Module):
-    """A convolution by its lowest Fourier modes, plus a 1x1 convolution for all the others."""
+    """A convolution by its lowest Fourier modes, plus a 1x1 convolution for all, those above included."""
 
     def __init__(self, in_channels, channels, modes, gain=1.0):
         super().__init__()
@@ -317,7 +337,7 @@ class SpectralConv(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x):
-        n, f = x.shape[-1], fourier_matrix(x.shape[-1], self.modes, x.device)
+        n, f = x.shape[-1], cached(fourier_matrix, x.shape[-1], self.modes, x.device)
         half = f[self.modes // 2 :]  # k2 >= 0; the image is real, so the others follow
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for a transform
             h = x.float()
@@ -442,7 +462,7 @@ PATTERNS = {"random": score_random, "block": score_block, "grid": score_grid, "w
 
 def mask_counts(args):
     """Pixels of an image, and how many of them are seen and scored."""
-    n = args.image_size**2
+    n = (getattr(args, "train_size", None) or args.image_size) ** 2
     n_cond = round(args.sparsity * n)
     # At 0.3 and 0.7 both might be rounded up, one pixel too many.
     return n, n_cond, min(round((args.target_sparsity or args.sparsity) * n), n - n_cond)
@@ -486,10 +506,11 @@ def training_loss(model, x_start, t, noise, cond_mask, target_mask, args):
 
 
 @torch.no_grad()
-def sample(model, cond, cond_mask, seeds, args):
+def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
     """Reconstructions (B, C, n, n), n = args.grid_size, of sparse images cond (B, C, H, W), 0 outside cond_mask (B, 1, H, W).
 
-    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone.
+    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone. watch: called with each z_t; graphs: see
+    reverse_process.
     """
     n, steps, device = args.grid_size, args.sample_steps, cond.device
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -497,16 +518,22 @@ def sample(model, cond, cond_mask, seeds, args):
     alpha_ts, share = (log[:-1] - log[1:]).exp(), (sigma[1:] / sigma[:-1]) ** 2  # share: sigma_s^2 / sigma_t^2
     fresh = 1 - alpha_ts**2 * share  # v / sigma_t^2
     of_x = fresh * (log[1:] if args.objective == "x0" else log[1:] - log[:-1]).exp()  # eps leads to alpha_t x
+    if args.objective == "eps":  # which is but rounding where alpha_t is nearly 0: such modes wait for their x
+        of_x = of_x * (log[:-1] > math.log(1e-3))
     spread = (fresh * sigma[1:] ** 2).sqrt() * noise_scale(n, args.length_scale, "cpu")
     spread[-1] = 0  # end on the mean
-    of_z, of_x, spread = (x.float().to(device) for x in (alpha_ts * share, of_x, spread))
-    z = gp_noise(seeded_white(seeds, cond.shape[1], n, 0), args)
-    for i in range(steps):
-        t = times[i].float().to(device).expand(len(z))
-        out = predict(model, z, t, cond, cond_mask, args).float()
+    of_z, of_x, spread, sigma, times = (x.float().to(device) for x in (alpha_ts * share, of_x, spread, sigma, times))
+
+    def reverse_step(z, step, cond, cond_mask, seeds):
+        out = predict(model, z, times[step].expand(len(z)), cond, cond_mask, args).float()
         z = dct(z)
-        x = dct(out.clamp(-1, 1)) if args.objective == "x0" else z - sigma[i].item() * dct(out)
-        z = idct(of_z[i] * z + of_x[i] * x + spread[i] * seeded_white(seeds, cond.shape[1], n, i + 1))
+        x = dct(out.clamp(-1, 1)) if args.objective == "x0" else z - sigma[step] * dct(out)
+        return idct(of_z[step] * z + of_x[step] * x + spread[step] * seeded_white(seeds, cond.shape[1], n, step + 1, steps))
+
+    start = gp_noise(seeded_white(seeds, cond.shape[1], n, 0, steps), args)
+    for z in reverse_process(reverse_step, start, steps, [cond, cond_mask, seeds], graphs):
+        if watch:
+            watch(z)
     return torch.where(cond_mask, cond, z) if args.enforce_observed and n == cond.shape[-1] else z
 
 
@@ -677,25 +704,30 @@ def train(args, model, ema, optimizer, images, held_out, state, stopped):
 # Reconstruction, metrics, pictures.
 
 
-def reconstruct(model, images, num_draws, args, title=None):
+def reconstruct(model, images, num_draws, args, file=None):
     """K draws for each test image, shared out over the processes: (truth, cond_mask, target_mask, draws) on the CPU.
 
     images: uint8 (N, C, H, W). truth: (N, C, H, W) and draws: (K, N, C, n, n), float32 in [0, 1]; masks: bool (N, 1, H, W).
+    With a SampleFile for K N images, what that holds is not made again, and the draws stay in it, mapped into memory.
     """
     n, device = len(images), args.device
-    truth = to_device(images, device)
+    truth, to_unit = to_device(images, device), lambda x: (x / 2 + 0.5).clamp(0, 1)
     cond_mask, target_mask = make_masks(TEST_INDEX + torch.arange(n, device=device), args)
-    draws = torch.zeros(num_draws * n, images.shape[1], args.grid_size, args.grid_size, device=device)
-    mine = torch.arange(rank() * len(draws) // world(), (rank() + 1) * len(draws) // world(), device=device)
-    batches = mine.split(args.batch_size) if len(mine) else []
-    for jobs in tqdm(batches, desc=title, unit="batch", disable=rank() > 0 or not title, leave=False):
+    draws = torch.zeros(num_draws * n, images.shape[1], args.grid_size, args.grid_size, device=device) if file is None else file
+    batches, graphs = torch.arange(num_draws * n, device=device).split(args.batch_size), {}
+    mine = (batches if file is None else file.missing(batches))[rank() :: world()]
+    hidden = rank() > 0 or file is None
+    progress = tqdm(desc="reconstructing", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    for jobs in mine:
         i, draw = jobs % n, jobs // n
-        seeds = (args.seed << 32) + (draw << 20) + i
-        draws[jobs] = sample(model, truth[i] * cond_mask[i], cond_mask[i], seeds, args)
-    if world() > 1:
+        seeds, cond = (args.seed << 32) + (draw << 20) + i, truth[i] * cond_mask[i]
+        draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: progress.update(), graphs))
+    progress.close()
+    if file is not None:
+        draws = torch.from_numpy(file.finish()).movedim(-1, 1)
+    elif world() > 1:
         dist.all_reduce(draws)  # each process left the others' share at zero
-    to_unit = lambda x: (x.cpu() / 2 + 0.5).clamp(0, 1)
-    return to_unit(truth), cond_mask.cpu(), target_mask.cpu(), to_unit(draws).unflatten(0, (num_draws, n))
+    return to_unit(truth).cpu(), cond_mask.cpu(), target_mask.cpu(), draws.cpu().unflatten(0, (num_draws, n))
 
 
 def gaussian_blur(x, sigma):
@@ -787,7 +819,9 @@ def draw_losses(path, history):
 def evaluate(model, images, args):
     """Reconstruct test images, measure, and write metrics.json, reconstructions.npz, samples.npy and the final sheet."""
     out_dir, start = Path(args.out_dir), time.time()
-    truth, cond_mask, target_mask, draws = reconstruct(model, images, args.num_draws, args, "reconstructing")
+    shape = (args.num_draws * len(images), images.shape[1], args.grid_size, args.grid_size)
+    file = SampleFile(out_dir / "draws.npy", shape, np.float32, vars(args), [*model.state_dict().values(), images])
+    truth, cond_mask, target_mask, draws = reconstruct(model, images, args.num_draws, args, file)
     if rank() > 0:
         return
     seconds = time.time() - start
@@ -802,6 +836,7 @@ def evaluate(model, images, args):
     metrics |= {"num_images": len(truth), "num_draws": args.num_draws, "sparsity": args.sparsity, "grid_size": args.grid_size}
     arrays = {"truth": truth, "cond_mask": cond_mask, "target_mask": target_mask, "draws": draws}
     write(out_dir / "reconstructions.npz", lambda path: np.savez(path, **{k: v.numpy() for k, v in arrays.items()}))
+    (out_dir / "draws.npy").unlink()
     samples = (draws[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
     write(out_dir / "samples.npy", lambda path: np.save(path, samples))
     write(out_dir / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
@@ -879,7 +914,7 @@ def run(args, checkpoint):
     if not args.sample:
         if rank() == 0:
             for old in [*out_dir.glob("last.pt"), *out_dir.glob("step_*.png")] if not checkpoint else []:
-                old.unlink()  # --overwrite: from here on nothing is left to mistake for the new run's
+                old.unlink()  # --overwrite: none of these to be mistaken for the new run's
             write(out_dir / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=1)))
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         if checkpoint:

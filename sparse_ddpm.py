@@ -40,8 +40,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import fused_ddpm
-from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, seeded_normal
-from images import DataError, choose_data, load_images
+from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, reverse_process, seeded_normal
+from images import DataError, SampleFile, choose_data, load_images
 
 SCRIPT = Path(__file__).stem
 
@@ -52,6 +52,7 @@ MODEL_FLAGS = {"image_size", "dim", "dim_mults", "num_blocks", "attn_resolutions
 MODEL_FLAGS |= {"num_timesteps", "schedule", "objective"}
 # What a resumed run may change; all else would make it another run.
 FREE_FLAGS = {"steps", "epochs", "sampler", "sample_steps", "eta", "variance", "num_samples", "num_draws", "enforce_observed"}
+FREE_FLAGS |= {"lr", "grad_clip", "amp"}  # what a loss that became nan calls for
 FREE_FLAGS |= {"data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
 # What a checkpoint does not pass on.
 ONCE = {"sample": None, "resume": False, "overwrite": False}
@@ -457,20 +458,26 @@ def training_loss(model, x_start, t, noise, cond_mask, target_mask, scales, args
 
 
 @torch.no_grad()
-def sample(model, cond, cond_mask, seeds, args):
+def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
     """Reconstructions (B, C, H, W) in [-1, 1] of sparse images cond (B, C, H, W), zero outside cond_mask (B, 1, H, W).
 
-    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone.
+    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone. watch: called with each x_t; graphs: see
+    reverse_process.
     """
     _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
-    timesteps, coefficients = sampling_table(
-        alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta, args.variance
+    timesteps, coefficients = (
+        x.to(seeds.device)
+        for x in sampling_table(alphas_cumprod, args.objective, args.sampler, args.sample_steps, args.eta, args.variance)
     )
-    coefficients = coefficients.to(cond.device)
-    x_t = seeded_normal(seeds, cond.shape[1:])
-    for step, t in enumerate(timesteps.tolist()):
-        out = predict(model, x_t, torch.full((len(cond),), t, device=cond.device), cond, cond_mask, args)
-        x_t = posterior_step(x_t, out, coefficients, step, seeds)
+
+    def reverse_step(x_t, step, cond, cond_mask, seeds):
+        out = predict(model, x_t, timesteps[step].expand(len(x_t)), cond, cond_mask, args)
+        return posterior_step(x_t, out, coefficients, step, seeds)
+
+    start = seeded_normal(seeds, cond.shape[1:])
+    for x_t in reverse_process(reverse_step, start, args.sample_steps, [cond, cond_mask, seeds], graphs):
+        if watch:
+            watch(x_t)
     return torch.where(cond_mask, cond, x_t) if args.enforce_observed else x_t
 
 
@@ -587,6 +594,8 @@ def train(args, model, ema, optimizer, images, held_out, state, stopped):
         noise = torch.randn(batch_size, *images.shape[1:], device=device)
         mirror = torch.rand(batch_size, device=device) < 0.5 * args.flip
         index, t, noise, mirror = index[share], t[share], noise[share], mirror[share]
+        if rank():
+            torch.manual_seed(mix(args.seed, step, 2, rank()))  # for dropout of its own
         x_start = to_device(images[index], device)
         x_start = torch.where(mirror[:, None, None, None], x_start.flip(-1), x_start)
         mask_epoch = {"random_epoch": epoch, "fixed": 0, "random": step}[args.mask_mode]
@@ -643,25 +652,30 @@ def train(args, model, ema, optimizer, images, held_out, state, stopped):
 # Reconstruction, metrics, pictures.
 
 
-def reconstruct(model, images, num_draws, args, title=None):
+def reconstruct(model, images, num_draws, args, file=None):
     """K draws for each test image, shared out over the processes: (truth, cond_mask, target_mask, draws) on the CPU.
 
     images: uint8 (N, C, H, W). truth: (N, C, H, W) and draws: (K, N, C, H, W), float32 in [0, 1]; masks: bool (N, 1, H, W).
+    With a SampleFile for K N images, what that holds is not made again, and the draws stay in it, mapped into memory.
     """
     n, device = len(images), args.device
-    truth = to_device(images, device)
+    truth, to_unit = to_device(images, device), lambda x: (x / 2 + 0.5).clamp(0, 1)
     cond_mask, target_mask = make_masks(TEST_INDEX + torch.arange(n, device=device), 0, args)
-    draws = torch.zeros(num_draws * n, *images.shape[1:], device=device)
-    mine = torch.arange(rank() * len(draws) // world(), (rank() + 1) * len(draws) // world(), device=device)
-    batches = mine.split(args.batch_size) if len(mine) else []
-    for jobs in tqdm(batches, desc=title, unit="batch", disable=rank() > 0 or not title, leave=False):
+    draws = torch.zeros(num_draws * n, *images.shape[1:], device=device) if file is None else file
+    batches, graphs = torch.arange(num_draws * n, device=device).split(args.batch_size), {}
+    mine = (batches if file is None else file.missing(batches))[rank() :: world()]
+    hidden = rank() > 0 or file is None
+    progress = tqdm(desc="reconstructing", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    for jobs in mine:
         i, draw = jobs % n, jobs // n
-        seeds = (args.seed << 32) + (draw << 20) + i
-        draws[jobs] = sample(model, truth[i] * cond_mask[i], cond_mask[i], seeds, args)
-    if world() > 1:
+        seeds, cond = (args.seed << 32) + (draw << 20) + i, truth[i] * cond_mask[i]
+        draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: progress.update(), graphs))
+    progress.close()
+    if file is not None:
+        draws = torch.from_numpy(file.finish()).movedim(-1, 1)
+    elif world() > 1:
         dist.all_reduce(draws)  # each process left the others' share at zero
-    to_unit = lambda x: (x.cpu() / 2 + 0.5).clamp(0, 1)
-    return to_unit(truth), cond_mask.cpu(), target_mask.cpu(), to_unit(draws).unflatten(0, (num_draws, n))
+    return to_unit(truth).cpu(), cond_mask.cpu(), target_mask.cpu(), draws.cpu().unflatten(0, (num_draws, n))
 
 
 def gaussian_blur(x, sigma):
@@ -740,7 +754,9 @@ def draw_losses(path, history):
 def evaluate(model, images, args):
     """Reconstruct test images, measure, and write metrics.json, reconstructions.npz, samples.npy and the final sheet."""
     out_dir, start = Path(args.out_dir), time.time()
-    truth, cond_mask, target_mask, draws = reconstruct(model, images, args.num_draws, args, "reconstructing")
+    shape = (args.num_draws * len(images), *images.shape[1:])
+    file = SampleFile(out_dir / "draws.npy", shape, np.float32, vars(args), [*model.state_dict().values(), images])
+    truth, cond_mask, target_mask, draws = reconstruct(model, images, args.num_draws, args, file)
     if rank() > 0:
         return
     seconds = time.time() - start
@@ -752,6 +768,7 @@ def evaluate(model, images, args):
     }  # fmt: skip
     arrays = {"truth": truth, "cond_mask": cond_mask, "target_mask": target_mask, "draws": draws}
     write(out_dir / "reconstructions.npz", lambda path: np.savez(path, **{k: v.numpy() for k, v in arrays.items()}))
+    (out_dir / "draws.npy").unlink()
     samples = (draws[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
     write(out_dir / "samples.npy", lambda path: np.save(path, samples))
     write(out_dir / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
@@ -827,7 +844,7 @@ def run(args, checkpoint):
     if not args.sample:
         if rank() == 0:
             for old in [*out_dir.glob("last.pt"), *out_dir.glob("step_*.png")] if not checkpoint else []:
-                old.unlink()  # --overwrite: from here on nothing is left to mistake for the new run's
+                old.unlink()  # --overwrite: none of these to be mistaken for the new run's
             write(out_dir / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=1)))
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
         if checkpoint:

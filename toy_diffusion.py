@@ -72,6 +72,8 @@ def get_config(argv):
     for name in ("steps", "batch_size", "lr", "sample_steps", "num_samples"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed}: must lie in [0, 2^63)")
     if min(args.widths) < 1:
         parser.error(f"--widths {args.widths}: must be positive")
     factor = 2 ** (len(args.widths) - 1)
@@ -150,22 +152,22 @@ def sample(model, noise, sampler, n):
 # Training.
 
 
-def scaled(images, device):
+def scaled(images):
     """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.to(device).float() / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
 def train(args, model, images, held_out):
-    """Train model in place. images, held_out: uint8 (N, C, H, W). Returns {"steps", "train_loss", "test_loss"}, lists."""
+    """Train model in place, on images, held_out: uint8 (N, C, H, W). Returns {"steps", "train_loss", "test_loss"}, lists."""
     device, history = args.device, {"steps": [], "train_loss": [], "test_loss": []}
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    x_test = scaled(held_out, device)
+    x_test = scaled(held_out)
     noise_test, amount_test = torch.randn_like(x_test), torch.linspace(0, 1, len(x_test), device=device)  # always the same
     total, last = torch.zeros((), device=device), 0
     progress = tqdm(range(1, args.steps + 1), desc="training", unit="step")
     for step in progress:
-        x = scaled(images[torch.randint(len(images), (args.batch_size,))], device)
+        x = scaled(images[torch.randint(len(images), (args.batch_size,), device=device)])
         loss = training_loss(model, x, torch.randn_like(x), torch.rand(len(x), device=device))
         optimizer.zero_grad()
         loss.backward()
@@ -207,7 +209,7 @@ def draw_grid(path, rows, labels=None):
 def draw_pictures(model, images, args):
     """The three pictures: corruption at rising amounts, inputs beside predictions, five steps of `move`."""
     out_dir = Path(args.out_dir)
-    x = scaled(images[:8], args.device)
+    x = scaled(images[:8])
     noise = torch.randn_like(x)
     amounts = torch.linspace(0, 1, 6, device=args.device)
     spoilt = [corrupt(x, noise, a.expand(len(x))) for a in amounts]
@@ -244,6 +246,7 @@ def run(args):
     images = load_images(args.data, args.data_dir, args.image_size, train=True)[0]
     test = load_images(args.data, args.data_dir, args.image_size, train=False)[0]
     test = test[torch.randperm(len(test))]  # folders come sorted by class
+    images, test = images.to(args.device), test.to(args.device)  # they are few enough to stay there
     model = Unet(images.shape[1], args.widths).to(args.device, memory_format=torch.channels_last)
     size = "x".join(map(str, images.shape[1:]))
     print(f"{SCRIPT}.py: data {args.data} ({len(images)} images of {size}), device {args.device}")

@@ -110,8 +110,9 @@ def test_guidance_close_to_1_is_close_to_plain():
 )
 def test_classes_by_name_or_number(classes, expected):
     assert script.chosen_classes(make_args(classes=classes)) == expected
-    images, labels = script.generate(small_unet(), (3, 16, 16), 7, make_args(classes=classes, batch_size=4))
-    assert images.shape == (7, 3, 16, 16) and labels.tolist() == [expected[i % len(expected)] for i in range(7)]
+    labels = script.labels_in_turn(7, make_args(classes=classes))
+    assert labels.tolist() == [expected[i % len(expected)] for i in range(7)]
+    assert script.generate(small_unet(), (3, 16, 16), labels, make_args(batch_size=4)).shape == (7, 3, 16, 16)
 
 
 @pytest.mark.parametrize("classes, wrong", [("4", "4"), ("-1", "-1"), ("red,purple", "purple"), ("", ""), ("red,", "")])
@@ -129,8 +130,9 @@ def test_dropped_labels_are_the_null_class(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "training_loss", record)
     monkeypatch.setattr(script, "held_out_loss", lambda *args: 0.5)
-    for rate in ("0", "0.5", "1"):
-        run(tmp_path / rate, "--cond-drop-prob", rate, "--batch-size", "96")
+    for rate, w in [("0", "1"), ("0.5", "1"), ("1", "0")]:
+        flags = ["--cond-drop-prob", rate, "--guidance-scale", w, "--guidance-sweep", w]
+        run(tmp_path / rate, *flags, "--batch-size", "96")
     dropped = {rate: (torch.cat(labels) == 10).float().mean().item() for rate, labels in seen.items()}
     assert dropped["0"] == 0 and dropped["1"] == 1 and dropped["0.5"] == pytest.approx(0.5, abs=0.1)
     kept = torch.cat(seen["0.5"]) != 10  # and those that are kept are the images' own
@@ -160,7 +162,7 @@ def test_sweep_has_the_same_seeds_in_every_column(tmp_path):
     page = np.asarray(Image.open(tmp_path / "sweep.png"))[30:]
     sheet = page[:, page.shape[1] - 3 * 54 :]
     assert np.array_equal(sheet[:, :54], sheet[:, 108:]) and not np.array_equal(sheet[:, :54], sheet[:, 54:108])
-    expected, _ = script.generate(small_unet(), (3, 16, 16), 2, make_args(classes="red, blue", guidance_scale=0.0))
+    expected = script.generate(small_unet(), (3, 16, 16), torch.tensor([0, 2]), make_args(guidance_scale=0.0))
     for row in range(2):
         shown = sheet[54 * row + 4 : 54 * row + 52 : 3, 54 + 4 : 54 + 52 : 3].astype(int)
         assert np.abs(shown - expected[row].permute(1, 2, 0).numpy()).max() <= 1

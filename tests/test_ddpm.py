@@ -1,6 +1,7 @@
 """ddpm.py: network, loss, reverse variance, generation and pictures."""
 
 import argparse
+import itertools
 import json
 
 import numpy as np
@@ -127,11 +128,12 @@ def test_same_seed_same_image(sampler, eta, monkeypatch):
     assert (script.generate(net, (3, 16, 16), 40, args) - whole).abs().max() <= 1
 
 
-def test_trace_runs_from_noise_to_image():
-    trace = []
-    x = script.sample(small_unet().eval(), (3, 16, 16), torch.arange(4), make_args(), trace)
-    assert len(trace) == 10 and torch.equal(trace[0], fused_ddpm.seeded_normal(torch.arange(4), (3, 16, 16)))
-    assert x.abs().max() <= 1
+def test_watch_sees_every_step():
+    seen = []
+    args = make_args(variance="large")
+    x = script.sample(small_unet().eval(), (3, 16, 16), torch.arange(4), args, lambda x_t: seen.append(x_t.clone()))
+    assert len(seen) == 10 and torch.equal(seen[-1], x) and x.abs().max() <= 1
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
 
 
 def test_grids_put_images_in_rows(tmp_path):

@@ -166,3 +166,54 @@ def test_class_names(tmp_path):
     _, labels = load_images(str(tmp_path), train=True)
     assert labels.tolist() == [0, 0, 1, 1]  # one of the five is the test part
     assert images.class_names(str(tmp_path / "b dogs")) == []
+
+
+# -- samples on their way to disk ---------------------------------------------------------------------------------------
+
+
+def open_samples(tmp_path, n=10, dtype=np.uint8, settings=None, tensors=()):
+    return images.SampleFile(tmp_path / "new" / "samples.npy", (n, 3, 4, 5), dtype, settings or {"seed": 0}, tensors)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_sample_file_is_what_numpy_saves(tmp_path, dtype):
+    x = torch.rand(10, 3, 4, 5) * 255
+    x = x.byte() if dtype == np.uint8 else x
+    file = open_samples(tmp_path, dtype=dtype)
+    for index in torch.randperm(10, generator=torch.Generator().manual_seed(0)).split(4):
+        file[index] = x[index]
+    assert not (tmp_path / "new/samples.npy").exists()
+    mapped = file.finish()
+    np.save(tmp_path / "expected.npy", x.permute(0, 2, 3, 1).numpy())
+    assert (tmp_path / "new/samples.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, x.permute(0, 2, 3, 1).numpy())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.npy"]
+
+
+def test_sample_file_goes_on_only_with_the_same(tmp_path, capsys):
+    weights, batches = [torch.randn(3), torch.tensor(True), torch.tensor(2.0)], torch.arange(10).split(4)
+    file = open_samples(tmp_path, tensors=weights)
+    file[batches[1]] = torch.full((4, 3, 4, 5), 7, dtype=torch.uint8)
+    again = open_samples(tmp_path, settings={"seed": 0, "out_dir": "elsewhere", "batch_size": 3}, tensors=weights)
+    assert [index[0].item() for index in again.missing(batches)] == [0, 8]
+    assert "samples.npy: 4 of 10 are there from an earlier run" in capsys.readouterr().out
+    assert [index[0].item() for index in again.missing(torch.arange(10).split(3))] == [0, 3, 6, 9]  # 3 lacks a part
+    with pytest.raises(images.DataError, match="some are missing"):
+        again.finish()
+    for change in (dict(settings={"seed": 1}), dict(tensors=[weights[0] + 1, *weights[1:]]), dict(n=9), dict(dtype=np.float32)):
+        other = open_samples(tmp_path, **dict(tensors=weights) | change)
+        assert not other.done.any() and len(other.done) == change.get("n", 10)
+        file = open_samples(tmp_path, tensors=weights)
+        assert not file.done.any()  # nothing of another remains
+        file[batches[0]] = torch.zeros(4, 3, 4, 5, dtype=torch.uint8)
+
+
+def test_sample_file_on_a_full_disk(tmp_path):
+    file = open_samples(tmp_path)
+    file.file.close()
+    file.file = open("/dev/full", "r+b", buffering=0)
+    with pytest.raises(images.DataError, match=r"samples.npy.part: cannot be written .*No space left.*run the same again"):
+        file[torch.arange(2)] = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(images.DataError, match="cannot be written"):
+        images.SampleFile(tmp_path / "text" / "samples.npy", (1, 1, 4, 4), np.uint8, {}, [])

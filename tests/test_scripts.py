@@ -111,6 +111,34 @@ def test_sampling_from_a_checkpoint(script, tmp_path):
         script.main([*flags, "--dim", "24"])
 
 
+def test_interrupted_sampling_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys):
+    run(script, tmp_path / "run")
+    flags = ["--sample", str(tmp_path / "run/last.pt"), "--num-samples", "20", "--batch-size", "4", "--out-dir"]
+    script.main([*flags, str(tmp_path / "whole")])
+    sample, calls = script.sample, []
+
+    def count_or_stop(*args):
+        calls.append(1)
+        if len(calls) > stop_after:
+            raise KeyboardInterrupt
+        return sample(*args)
+
+    monkeypatch.setattr(script, "sample", count_or_stop)
+    stop_after = 3
+    with pytest.raises(SystemExit):
+        script.main([*flags, str(tmp_path / "parts")])
+    assert not (tmp_path / "parts/samples.npy").exists() and list((tmp_path / "parts").glob("*.npy.part"))
+    stop_after, calls = math.inf, []
+    capsys.readouterr()
+    script.main([*flags, str(tmp_path / "parts")])
+    batches = {ddpm: 5, cfg_ddpm: 5 + 1, sparse_ddpm: 10, sparse_ddo: 10 + 3 * 2}[script]  # with the pictures beside them
+    assert len(calls) == batches - 3 and "12 of" in capsys.readouterr().out
+    for file in ("samples.npy", "reconstructions.npz", "labels.npy"):
+        if (tmp_path / "whole" / file).exists():
+            assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, monkeypatch, capsys):
     loss = script.masked_loss
     calls = []

@@ -65,7 +65,7 @@ def test_dct_is_the_orthonormal_one(n):
 @pytest.mark.parametrize("n", [32, 48])
 def test_noise_has_the_covariance_of_its_kernel(n):
     args, count = make_args(length_scale=0.08), 4000
-    noise = script.gp_noise(script.seeded_white(torch.arange(count), 1, n, 3), args)[:, 0]
+    noise = script.gp_noise(script.seeded_white(torch.arange(count), 1, n, 3, 9), args)[:, 0]
     middle = noise[:, n // 3 : n // 3 + 8, n // 3 : n // 3 + 8]  # away from the edges, which mirror it
     for dy, dx in [(0, 0), (0, 1), (2, 0), (2, 3), (0, 5)]:
         moved = noise[:, n // 3 + dy : n // 3 + dy + 8, n // 3 + dx : n // 3 + dx + 8]
@@ -76,7 +76,7 @@ def test_noise_has_the_covariance_of_its_kernel(n):
 
 def test_noise_is_the_same_function_on_any_grid():
     args, seeds = make_args(length_scale=0.15), torch.arange(4)  # long enough that 32 points a side miss nothing
-    coarse, fine = (script.gp_noise(script.seeded_white(seeds, 1, n, 7), args) for n in (32, 64))
+    coarse, fine = (script.gp_noise(script.seeded_white(seeds, 1, n, 7, 9), args) for n in (32, 64))
     modes = slice(0, 32)
     torch.testing.assert_close(script.dct(fine)[..., modes, modes] / 2, script.dct(coarse), rtol=0, atol=1e-4)
     between = (coarse[..., :-1, :-1] + coarse[..., 1:, 1:]) / 2  # two ways to a point between grid points
@@ -114,11 +114,11 @@ def test_forward_marginals_mode_by_mode(t):
 MEAN, STD = 0.1, 0.15  # the data of the closed form: a Gaussian process of this mean and deviation
 
 
-@pytest.mark.parametrize("n", [32, 48])
+@pytest.mark.parametrize("n, steps", [(32, 40), (48, 40), (64, 20)])
 @pytest.mark.parametrize("objective", ["x0", "eps"])
-def test_gaussian_data_come_back(n, objective):
+def test_gaussian_data_come_back(n, steps, objective):
     """With the best network there is, each mode's mean and variance follow the sampler's formulas, and those of the data."""
-    args, count = make_args(grid_size=n, objective=objective, sample_steps=40, enforce_observed=False), 1500
+    args, count = make_args(grid_size=n, objective=objective, sample_steps=steps, enforce_observed=False), 1500
     k = torch.arange(n, dtype=torch.float64)
     k2 = k[:, None] ** 2 + k**2
     spectrum = n**2 * 0.05**2 * math.pi * torch.exp(-(math.pi**2) * k2 * 0.05**2 / 4)
@@ -188,10 +188,10 @@ def test_block_keeps_the_variance(channels_in, channels):
     block, emb = script.Block(channels_in, channels, 128, 16), torch.zeros(4, 128)
     smooth = torch.cat([waves(32, 3, channels_in, seed) for seed in range(4)])
     for x in (smooth, torch.randn(4, channels_in, 32, 32)):
-        if channels_in == channels:
-            assert block(x, emb).var().item() == pytest.approx(x.var().item(), rel=0.2)
-        conv = script.SpectralConv(channels_in, channels, 16)
-        assert conv(smooth).var().item() == pytest.approx(smooth.var().item(), rel=0.2)
+        expected = x.var().item() if channels_in == channels else block.skip(x).var().item()
+        assert block(x, emb).var().item() == pytest.approx(expected, rel=0.3)
+    conv = script.SpectralConv(channels_in, channels, 16)
+    assert conv(smooth).var().item() == pytest.approx(smooth.var().item(), rel=0.2)
 
 
 @pytest.mark.parametrize("conditioning", ["encoder", "concat"])
