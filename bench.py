@@ -1,27 +1,58 @@
-"""The fused ops against the same lines in eager PyTorch and under torch.compile.
+"""How fast, against what one would otherwise run: the fused ops, whole training and sampling, other libraries, growth.
 
-    python bench.py                       # a table
-    python bench.py --json results.json   # and the same as JSON, with the machine's name
-    python bench.py --device cuda
+    python bench.py                                # all of it: half an hour on two CPU cores
+    python bench.py --only ops peers               # or a part: ops, scripts, peers, growth
+    python bench.py --json results.json            # also as JSON, with the machine's name
+    python bench.py --device cuda --preset full
 
-Medians of many runs, in microseconds. PyTorch draws its noise with torch.randn_like, the fused step inside the kernel. The
-last column is the floor: the time to move the bytes that the op must read and write, at the bandwidth of a large copy.
+Ops: medians of many runs against the same lines in eager PyTorch and under torch.compile. PyTorch draws its noise with
+torch.randn_like, the fused step inside the kernel. The floor is the bytes that must move at the bandwidth of a large copy.
+
+Scripts: each runs as a user would run it, in a process of its own, with a clock in its training loop and its sampler: medians
+a step, the peak memory of the whole process (of the device, on a GPU), the share of sampling spent outside the network, and
+the floor of a sampling step: its FLOPs at the rate of a large matrix product. Peers (denoising-diffusion-pytorch, diffusers;
+pip install -e '.[peers]') get the same batch, image size and precision, and the width that comes nearest in parameters.
 """
 
 import argparse
+import contextlib
 import datetime
+import importlib
+import importlib.util
+import io
+import itertools
 import json
 import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import fused_ddpm
+import images
 from fused_ddpm import masked_loss, posterior_step
 
 SHAPES = [(1, 3, 32, 32), (16, 1, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32), (64, 3, 64, 64), (16, 3, 256, 256)]
+SCRIPTS = ["toy_diffusion", "ddpm", "sparse_ddpm", "cfg_ddpm", "sparse_ddo"]
+PEERS = ["denoising_diffusion_pytorch", "diffusers"]
+BATCH = {"small": 32, "full": 128}  # of the presets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops.
+
+
+def synchronize(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def median_seconds(call, device, budget=0.5):
@@ -30,8 +61,7 @@ def median_seconds(call, device, budget=0.5):
     def run():
         start = time.perf_counter()
         call()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     for _ in range(5):
@@ -39,7 +69,7 @@ def median_seconds(call, device, budget=0.5):
     times, end = [], time.perf_counter() + budget
     while len(times) < 20 or (time.perf_counter() < end and len(times) < 5000):
         times.append(run())
-    return sorted(times)[len(times) // 2]
+    return statistics.median(times)
 
 
 def eager_step(x_t, out, k_x, k_o, a, b, s):
@@ -77,6 +107,260 @@ def cases(shape, device):
     ]  # fmt: skip
 
 
+def bench_ops(args):
+    """A dict for each op and shape: seconds of "fused", "eager", "compile", "floor"."""
+    source = torch.empty(2**26, device=args.device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), args.device)
+    print(f"\nops, in microseconds; a large copy moves {bandwidth / 1e9:.1f} GB/s\n")
+    rows = []
+    for shape in tqdm(SHAPES, unit="shape", leave=False):
+        torch.compiler.reset()
+        for op, fused, eager, compiled, moved in cases(shape, args.device):
+            times = {"fused": median_seconds(fused, args.device), "eager": median_seconds(eager, args.device)}
+            times["compile"] = None if args.no_compile else median_seconds(compiled, args.device)
+            rows.append({"op": op, "shape": shape, "floor": moved / bandwidth, **times})
+    print(f"{'op':16}{'shape':20}{'fused':>9}{'eager':>9}{'compile':>9}{'floor':>9}{'eager/fused':>13}{'compile/fused':>15}")
+    for r in sorted(rows, key=lambda r: r["op"], reverse=True):
+        us = "".join(f"{r[k] * 1e6:9.0f}" if r[k] else f"{'-':>9}" for k in ("fused", "eager", "compile", "floor"))
+        ratios = f"{r['eager'] / r['fused']:12.1f}x" + (f"{r['compile'] / r['fused']:14.1f}x" if r["compile"] else f"{'-':>15}")
+        print(f"{r['op']:16}{r['shape']!s:20}{us}{ratios}")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole programs. A job is a dict; each runs in a process of its own, which prints a row, also a dict, as JSON.
+
+
+class Clock:
+    """Wraps functions to note when they were called, with what, and how long it took."""
+
+    def __init__(self, device):
+        self.device, self.starts, self.seconds, self.arguments = device, {}, {}, {}  # arguments: of the second call
+
+    def watch(self, owner, name):
+        function = getattr(owner, name)
+        self.starts[name], self.seconds[name] = [], []
+
+        def call(*args, **options):
+            synchronize(self.device)
+            self.starts[name].append(time.perf_counter())
+            out = function(*args, **options)
+            synchronize(self.device)
+            self.seconds[name].append(time.perf_counter() - self.starts[name][-1])
+            if len(self.starts[name]) == 2:
+                self.arguments[name] = args
+            return out
+
+        setattr(owner, name, call)
+        return function
+
+    def between(self, name):
+        """Median seconds from one call to the next, without the first three."""
+        starts = self.starts[name][3:]
+        return statistics.median(after - before for before, after in itertools.pairwise(starts))
+
+
+def matrix_rate(device, dtype):
+    """FLOP/s of a large matrix product."""
+    a, b = (torch.randn(4096 if device.startswith("cuda") else 2048, 4096, device=device, dtype=dtype) for _ in range(2))
+    return 2 * len(a) ** 2 * 4096 / median_seconds(lambda: a @ b.T, device, budget=1)
+
+
+def count_flops(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def run_script(job):
+    """Train and sample with one of the scripts, by its main()."""
+    device, batch, steps = job["device"], job["batch"], job["sample_steps"]
+    script, clock, toy = importlib.import_module(job["name"]), Clock(device), job["name"] == "toy_diffusion"
+    sample_batch = 256 if toy else batch
+    images.SHAPES_COUNT = {True: 4 * max(batch, 100), False: 4 * max(batch, 100)}
+    if job["mode"] == "eager":
+        fused_ddpm._capture = lambda body, warm_up, device: body
+    flags = ["--data", "shapes", "--image-size", job["size"], "--batch-size", batch, "--steps", job["train_steps"]]
+    flags += ["--sample-steps", steps, "--num-samples", 3 * sample_batch, "--device", device, *job["flags"]]
+    if not toy:
+        flags += ["--preset", job["preset"], "--sample-every", 10**6, "--save-every", 10**6]
+        flags += ["--num-draws", 1] if job["name"].startswith("sparse") else []
+        flags += ["--compile"] if job["mode"] == "compile" else []
+        if device == "cpu":
+            clock.watch(script, "predict")
+    sample = clock.watch(script, "sample")
+    clock.watch(script, "training_loss")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        script.main([*map(str, flags), "--out-dir", folder, "--overwrite"])
+
+    arguments, second = clock.arguments["sample"], clock.starts["sample"][1]
+    seconds = clock.seconds["sample"][1:3]  # the first warms up, and the fourth may be for a picture
+    bf16 = any(getattr(argument, "use_amp", False) for argument in arguments)
+    row = {"batch": batch, "parameters": sum(p.numel() for p in arguments[0].parameters()), "bf16": bf16}
+    row |= {"train": clock.between("training_loss"), "sample": statistics.mean(seconds) / steps, "sample_batch": sample_batch}
+    if job["mode"] == "eager":
+        calls = zip(clock.starts.get("predict", []), clock.seconds.get("predict", []), strict=True)
+        network = [s for start, s in calls if second <= start][: 2 * steps]
+        row["outside"] = 1 - sum(network) / sum(seconds) if network else None
+        with torch.no_grad():
+            row["flops"] = count_flops(lambda: sample(*arguments)) / steps
+        row["floor"] = row["flops"] / matrix_rate(device, torch.bfloat16 if bf16 else torch.float32)
+    return row
+
+
+def nearest_width(make, parameters):
+    """make(width) for the width whose network comes nearest to so many parameters."""
+    sizes = {}
+    for width in range(8, 257, 4):
+        with torch.device("meta"), contextlib.suppress(ValueError):  # some widths do not divide into groups
+            sizes[width] = sum(p.numel() for p in make(width).parameters())
+            if sizes[width] > 2 * parameters:
+                break
+    return make(min(sizes, key=lambda width: abs(sizes[width] - parameters)))
+
+
+def run_peer(job):
+    """Train and sample with another library as its documentation shows: Adam, clipped gradients, no averaged weights."""
+    device, batch, steps, size = job["device"], job["batch"], job["sample_steps"], job["size"]
+    mults = {"small": (1, 2, 4), "full": (1, 2, 2, 2)}[job["preset"]]
+    if job["name"] == "denoising_diffusion_pytorch":
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+        net = nearest_width(lambda width: Unet(dim=width, dim_mults=mults, flash_attn=device != "cpu"), job["parameters"])
+        few = None if job["sampler"] == "ddpm" else steps  # it has DDPM with all timesteps, and DDIM
+        process = GaussianDiffusion(net, image_size=size, timesteps=steps if few is None else 1000, sampling_timesteps=few)
+        process = process.to(device)
+        loss_of, sample = process, lambda: process.sample(batch_size=batch)
+    else:
+        from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+        down = ["DownBlock2D"] + ["AttnDownBlock2D"] * (len(mults) - 1)
+        up = [name.replace("Down", "Up") for name in reversed(down)]
+        make = lambda width: UNet2DModel(
+            sample_size=size, block_out_channels=[m * width for m in mults], norm_num_groups=8, down_block_types=down,
+            up_block_types=up,
+        )  # fmt: skip
+        net = nearest_width(make, job["parameters"]).to(device)
+        scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[job["sampler"]](num_train_timesteps=1000)
+
+        def loss_of(x):
+            noise, t = torch.randn_like(x), torch.randint(1000, (batch,), device=device)
+            return F.mse_loss(net(scheduler.add_noise(x, noise, t), t).sample, noise)
+
+        def sample():
+            scheduler.set_timesteps(steps)
+            x = torch.randn(batch, 3, size, size, device=device)
+            for t in scheduler.timesteps:
+                x = scheduler.step(net(x, t).sample, t, x).prev_sample
+            return x
+
+    optimizer, clock = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True), Clock(device)
+    bf16 = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=job["bf16"])
+    clock.watch(optimizer, "step")
+    for _ in range(job["train_steps"]):
+        x = torch.rand(batch, 3, size, size, device=device)
+        with bf16:
+            loss = loss_of(x)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    seconds = []
+    net.eval()
+    with torch.no_grad(), bf16, contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        for _ in range(3):
+            synchronize(device)
+            start = time.perf_counter()
+            sample()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        flops = count_flops(sample) / steps
+    row = {"batch": batch, "parameters": sum(p.numel() for p in net.parameters()), "bf16": job["bf16"], "flops": flops}
+    return row | {"train": clock.between("step"), "sample": statistics.mean(seconds[1:]) / steps, "sample_batch": batch}
+
+
+def run_job(job):
+    """Job -> job and row in one dict, by a process of its own; None, with a line why, where that fails."""
+    command = [sys.executable, __file__, "--job", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        tqdm.write(f"{job['name']}, {job['mode']}: failed ({reason})")
+        return None
+    return job | json.loads(done.stdout.splitlines()[-1])
+
+
+def run_jobs(jobs, title):
+    """The rows of the jobs, without those that failed."""
+    return [row for row in (run_job(job) for job in tqdm(jobs, desc=title, unit="run", leave=False)) if row]
+
+
+def peak_memory(device):
+    """Bytes: of the device, or of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def print_table(title, rows):
+    print(f"\n{title}\n")
+    print(f"{'':52}{'params':>8}{'training':>20}{'sampling':>20}{'floor':>8}{'outside':>9}{'memory':>8}")
+    print(f"{'':52}{'M':>8}{'ms/step':>10}{'images/s':>10}{'ms/step':>10}{'images/s':>10}{'ms':>8}{'network':>9}{'MiB':>8}")
+    for r in rows:
+        name = f"{r['name']} {r['preset']} {r['sampler'] or ''} {r['mode']}, {r['batch']} of {r['size']}x{r['size']}"
+        trained, sampled = r["batch"] / r["train"], r["sample_batch"] / r["sample"] / r["sample_steps"]
+        floor = f"{r['floor'] * 1e3:8.1f}" if "floor" in r else f"{'':8}"
+        outside = f"{r['outside']:9.2%}" if r.get("outside") is not None else f"{'':9}"
+        print(f"{name:52}{r['parameters'] / 1e6:8.2f}{r['train'] * 1e3:10.1f}{trained:10.1f}{r['sample'] * 1e3:10.1f}"
+              f"{sampled:10.2f}{floor}{outside}{r['memory'] / 2**20:8.0f}")  # fmt: skip
+
+
+def bench_scripts(args, job):
+    modes = ["eager"] + ["graph"] * args.device.startswith("cuda") + ["compile"] * (not args.no_compile)
+    jobs = [
+        job | {"name": name, "mode": mode} for name in SCRIPTS for mode in modes if name != "toy_diffusion" or mode == "eager"
+    ]
+    rows = run_jobs(jobs, "scripts")
+    print_table("the scripts (a guided step of cfg_ddpm.py runs the network twice; the toy samples 256 at a time)", rows)
+    return rows
+
+
+def bench_peers(args, job):
+    """Each sampler with ddpm.py and with the peers; "ratios" of a peer are its time over that of ddpm.py."""
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    for name in missing:
+        print(f"{name} is not installed, left out: pip install -e '.[peers]'")
+    rows = []
+    for sampler in ("ddpm", "ddim"):
+        job = job | {"mode": "graph" if args.device.startswith("cuda") else "eager", "sampler": sampler}
+        ours = run_job(job | {"name": "ddpm", "flags": ["--sampler", sampler]})
+        job = job | {"mode": "eager", "parameters": ours["parameters"], "bf16": ours["bf16"]}
+        theirs = run_jobs([job | {"name": name} for name in PEERS if name not in missing], f"peers, {sampler}")
+        for row in theirs:
+            row["ratios"] = {key: row[key] / ours[key] for key in ("parameters", "flops", "train", "sample")}
+        rows += [ours, *theirs]
+    print_table("ddpm.py and other libraries", rows)
+    for r in rows:
+        if "ratios" in r:
+            shown = ", ".join(f"{key} {ratio:.2f}" for key, ratio in r["ratios"].items())
+            print(f"{r['name']} {r['sampler']}, times those of ddpm.py: {shown}")
+    return rows
+
+
+def bench_growth(args, job):
+    """ddpm.py with more images at once, larger images, more channels."""
+    job |= {"name": "ddpm", "mode": "graph" if args.device.startswith("cuda") else "eager"}
+    changes = [{"batch": batch} for batch in (1, 8, 32, 128, 512)] + [{"batch": 8, "size": size} for size in (32, 64, 128)]
+    changes += [{"flags": ["--dim", dim]} for dim in (8, 16, 32, 64)]
+    rows = run_jobs([job | change for change in changes], "growth")
+    print_table("ddpm.py as batch, images and parameters grow", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def machine(device):
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists() and not device.startswith("cuda"):
@@ -86,36 +370,31 @@ def machine(device):
 
 
 def main():
+    parts = {"ops": bench_ops, "scripts": bench_scripts, "peers": bench_peers, "growth": bench_growth}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(parts), default=list(parts), help="parts to run")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes a minute to start")
+    parser.add_argument("--preset", choices=list(BATCH), default="small", help="of the scripts")
+    parser.add_argument("--sample-steps", type=int, default=20, help="network calls for an image, timed and then divided by")
+    parser.add_argument("--train-steps", type=int, default=14, help="steps to train")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes to start")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)  # of a process that main() starts
     args = parser.parse_args()
-    device = args.device
+    if args.job:
+        row = (run_peer if args.job["name"] in PEERS else run_script)(args.job)
+        print(json.dumps(row | {"memory": peak_memory(args.device)}))
+        return
 
-    source = torch.empty(2**26, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
-    print(f"{machine(device)}, torch {torch.__version__}, {datetime.date.today()}")
-    print(f"{fused_ddpm.status()}; a large copy moves {bandwidth / 1e9:.1f} GB/s\n")
-
-    rows = []
-    for shape in tqdm(SHAPES, unit="shape", leave=False):
-        torch.compiler.reset()
-        for op, fused, eager, compiled, moved in cases(shape, device):
-            times = {"fused": median_seconds(fused, device), "eager": median_seconds(eager, device)}
-            times["compile"] = None if args.no_compile else median_seconds(compiled, device)
-            rows.append({"op": op, "shape": shape, "floor": moved / bandwidth, **times})
-    print(f"{'op':16}{'shape':20}{'fused':>9}{'eager':>9}{'compile':>9}{'floor':>9}{'eager/fused':>13}{'compile/fused':>15}")
-    for r in sorted(rows, key=lambda r: r["op"], reverse=True):
-        us = "".join(f"{r[k] * 1e6:9.0f}" if r[k] else f"{'-':>9}" for k in ("fused", "eager", "compile", "floor"))
-        ratios = f"{r['eager'] / r['fused']:12.1f}x" + (f"{r['compile'] / r['fused']:14.1f}x" if r["compile"] else f"{'-':>15}")
-        print(f"{r['op']:16}{r['shape']!s:20}{us}{ratios}")
-    if args.json:
-        facts = {"machine": machine(device), "torch": torch.__version__, "date": str(datetime.date.today()), "unit": "s"}
-        if device.startswith("cuda"):
-            facts["cuda"] = torch.version.cuda
-        Path(args.json).write_text(json.dumps({**facts, "bandwidth": bandwidth, "results": rows}, indent=1))
+    facts = {"machine": machine(args.device), "torch": torch.__version__, "date": str(datetime.date.today())}
+    facts |= {"cuda": torch.version.cuda} if args.device.startswith("cuda") else {}
+    print(f"{facts['machine']}, torch {facts['torch']}, {facts['date']}\n{fused_ddpm.status()}")
+    job = {"device": args.device, "preset": args.preset, "batch": BATCH[args.preset], "size": 32, "sampler": None, "flags": []}
+    job |= {"sample_steps": args.sample_steps, "train_steps": args.train_steps}
+    for part in args.only:
+        facts[part] = parts[part](args) if part == "ops" else parts[part](args, dict(job))
+        if args.json:  # after each, as they take long
+            Path(args.json).write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -770,6 +770,8 @@ def run(args, checkpoint):
         if rank() == 0:
             draw_losses(out_dir / "loss.png", state["history"])
     drawn = labels_in_turn(args.num_samples, args)
+    if args.compile:
+        ema.compile()
     file = SampleFile(out_dir / "samples.npy", (args.num_samples, *shape), np.uint8, vars(args), ema.state_dict().values())
     generate(ema, shape, drawn, args, file)
     samples, drawn = torch.from_numpy(file.finish()).movedim(-1, 1), drawn.cpu()

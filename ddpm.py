@@ -767,6 +767,8 @@ def run(args, checkpoint):
             raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
         if rank() == 0:
             draw_losses(out_dir / "loss.png", state["history"])
+    if args.compile:
+        ema.compile()
     file = SampleFile(out_dir / "samples.npy", (args.num_samples, *shape), np.uint8, vars(args), ema.state_dict().values())
     generate(ema, shape, args.num_samples, args, file)
     samples = torch.from_numpy(file.finish()).movedim(-1, 1)

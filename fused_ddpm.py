@@ -8,6 +8,8 @@ the same numbers up to rounding. `status()` tells which and why; FUSED_DDPM=0 in
 `reverse_process` runs network and step over and over, on a GPU as one CUDA graph.
 """
 
+import ctypes
+import functools
 import json
 import os
 import sysconfig
@@ -154,6 +156,15 @@ def _capture(body, warm_up, device):
     return graph.replay
 
 
+@functools.cache
+def _keep_freed_memory():
+    """Have glibc keep freed memory for the next tensor: mapping it anew in each step is a tenth of a small network's time."""
+    malloc_options = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if malloc_options:
+        for option, size in (-3, 1 << 25), (-3, 1 << 30), (-1, 2**31 - 1):  # M_MMAP_THRESHOLD (some stop at 32 MB), M_TRIM_
+            malloc_options(option, size)
+
+
 def reverse_process(reverse_step, x_t, num_steps, inputs=(), graphs=None):
     """Yields x_t after each of num_steps times x_t = reverse_step(x_t, step, *inputs), step = 0, 1, ... as int64 (1,).
 
@@ -163,6 +174,8 @@ def reverse_process(reverse_step, x_t, num_steps, inputs=(), graphs=None):
 
     graphs: a dict, empty at first, that passes the graph on to later calls of the same reverse_step with other values.
     """
+    if x_t.device.type == "cpu":
+        _keep_freed_memory()
     graphs = {} if graphs is None else graphs
     key = tuple((t.shape, t.stride(), t.dtype) for t in (x_t, *inputs))
     if key not in graphs:

@@ -926,6 +926,8 @@ def run(args, checkpoint):
             raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
         if rank() == 0:
             draw_losses(out_dir / "loss.png", state["history"])
+    if args.compile:
+        ema.compile()
     evaluate(ema, test[: args.num_samples], args)
     draw_resolutions(out_dir / "resolutions.png", ema, test[:6], args)
     if rank() == 0:

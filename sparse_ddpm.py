@@ -856,6 +856,8 @@ def run(args, checkpoint):
             raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
         if rank() == 0:
             draw_losses(out_dir / "loss.png", state["history"])
+    if args.compile:
+        ema.compile()
     evaluate(ema, test[: args.num_samples], args)
     if rank() == 0:
         print(f"pictures, metrics.json and reconstructions.npz are in {out_dir}/")
