@@ -151,8 +151,7 @@ def check_flags(args, parser):
         parser.error(f"--sample-steps {args.sample_steps}: at most --num-timesteps, {args.num_timesteps}")
     known = {0: {1}, 1: {0}}.get(args.cond_drop_prob)
     if known and {args.guidance_scale, *args.guidance_sweep} - known:
-        parser.error(f"--cond-drop-prob {args.cond_drop_prob:g}: the network then knows --guidance-scale {min(known)} and "
-                     f"--guidance-sweep {min(known)} only")  # fmt: skip
+        parser.error(f"--cond-drop-prob {args.cond_drop_prob:g}: needs --guidance-scale and --guidance-sweep {min(known)}")
 
 
 def get_config(argv):
@@ -387,8 +386,8 @@ def training_loss(model, x_start, t, noise, labels, scales, args):
 def sample(model, shape, labels, seeds, args, watch=None, graphs=None):
     """Images (B, *shape) in [-1, 1] of classes `labels`, guided with args.guidance_scale.
 
-    labels, seeds: int64 (B,) on the device. An image depends on its own label and seed alone. watch: called with each x_t;
-    graphs: see reverse_process.
+    labels, seeds: int64 (B,) on the device. An image depends on its own label and seed alone. watch, graphs:
+    see reverse_process.
     """
     _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
     timesteps, coefficients = (
@@ -406,10 +405,7 @@ def sample(model, shape, labels, seeds, args, watch=None, graphs=None):
             out, out_uncond = out.chunk(2)
         return posterior_step(x_t, out, coefficients, step, seeds, out_uncond, w)
 
-    for x_t in reverse_process(reverse_step, seeded_normal(seeds, shape), args.sample_steps, [labels, seeds], graphs):
-        if watch:
-            watch(x_t)
-    return x_t
+    return reverse_process(reverse_step, seeded_normal(seeds, shape), args.sample_steps, [labels, seeds], watch, graphs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -613,12 +609,11 @@ def generate(model, shape, labels, args, file=None):
     images = torch.zeros(len(labels), *shape, dtype=torch.uint8, device=args.device) if file is None else file
     batches, graphs = torch.arange(len(labels), device=args.device).split(args.batch_size), {}
     mine = (batches if file is None else file.missing(batches))[rank() :: world()]
-    hidden = rank() > 0 or file is None
-    progress = tqdm(desc="sampling", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    bar = tqdm(total=len(mine) * args.sample_steps, desc="sampling", unit="step", leave=False, disable=rank() > 0 or not file)
     for index in mine:
         seeds = (args.seed << 32) + index
-        images[index] = to_bytes(sample(model, shape, labels[index], seeds, args, lambda x_t: progress.update(), graphs))
-    progress.close()
+        images[index] = to_bytes(sample(model, shape, labels[index], seeds, args, lambda x_t: bar.update(), graphs))
+    bar.close()
     if file is None and world() > 1:
         dist.all_reduce(images)  # each process left the others' share at zero
     return images.cpu() if file is None else None

@@ -382,8 +382,7 @@ def training_loss(model, x_start, t, noise, scales, args):
 def sample(model, shape, seeds, args, watch=None, graphs=None):
     """Images (B, *shape) in [-1, 1] by the reverse process from pure noise.
 
-    seeds: int64 (B,) on the device. An image depends on its own seed alone. watch: called with each x_t; graphs: see
-    reverse_process.
+    seeds: int64 (B,) on the device. An image depends on its own seed alone. watch, graphs: see reverse_process.
     """
     _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
     timesteps, coefficients = (
@@ -395,10 +394,7 @@ def sample(model, shape, seeds, args, watch=None, graphs=None):
         out = predict(model, x_t, timesteps[step].expand(len(x_t)), args)
         return posterior_step(x_t, out, coefficients, step, seeds)
 
-    for x_t in reverse_process(reverse_step, seeded_normal(seeds, shape), args.sample_steps, [seeds], graphs):
-        if watch:
-            watch(x_t)
-    return x_t
+    return reverse_process(reverse_step, seeded_normal(seeds, shape), args.sample_steps, [seeds], watch, graphs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -578,12 +574,11 @@ def generate(model, shape, n, args, file=None):
     images = torch.zeros(n, *shape, dtype=torch.uint8, device=args.device) if file is None else file
     batches, graphs = torch.arange(n, device=args.device).split(args.batch_size), {}
     mine = (batches if file is None else file.missing(batches))[rank() :: world()]
-    hidden = rank() > 0 or file is None
-    progress = tqdm(desc="sampling", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    bar = tqdm(total=len(mine) * args.sample_steps, desc="sampling", unit="step", leave=False, disable=rank() > 0 or not file)
     for index in mine:
         seeds = (args.seed << 32) + index
-        images[index] = to_bytes(sample(model, shape, seeds, args, lambda x_t: progress.update(), graphs))
-    progress.close()
+        images[index] = to_bytes(sample(model, shape, seeds, args, lambda x_t: bar.update(), graphs))
+    bar.close()
     if file is None and world() > 1:
         dist.all_reduce(images)  # each process left the others' share at zero
     return images.cpu() if file is None else None

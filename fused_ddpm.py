@@ -165,14 +165,15 @@ def _keep_freed_memory():
             malloc_options(option, size)
 
 
-def reverse_process(reverse_step, x_t, num_steps, inputs=(), graphs=None):
-    """Yields x_t after each of num_steps times x_t = reverse_step(x_t, step, *inputs), step = 0, 1, ... as int64 (1,).
+def reverse_process(reverse_step, x_t, num_steps, inputs=(), watch=None, graphs=None):
+    """x_t after num_steps times x_t = reverse_step(x_t, step, *inputs), step = 0, 1, ... as an int64 tensor (1,).
 
     On a GPU a step, network and all, is one replay of a CUDA graph. For that reverse_step must neither read a value on the
     host nor depend on any tensor made anew between calls, save x_t and the tensors `inputs`. Where it cannot be captured, a
-    warning says why and the steps run one by one. What is yielded is overwritten by the next step: clone it to keep it.
+    warning says why and the steps run one by one.
 
-    graphs: a dict, empty at first, that passes the graph on to later calls of the same reverse_step with other values.
+    watch: called with x_t after each step; the next overwrites it, so clone what is to be kept. graphs: a dict, empty at first,
+    that passes the graph on to later calls of the same reverse_step with other values.
     """
     if x_t.device.type == "cpu":
         _keep_freed_memory()
@@ -197,7 +198,9 @@ def reverse_process(reverse_step, x_t, num_steps, inputs=(), graphs=None):
     step.zero_()
     for _ in range(num_steps):
         replay()
-        yield fixed[0]
+        if watch:
+            watch(fixed[0])
+    return fixed[0].clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,8 +56,7 @@ SCRIPT = Path(__file__).stem
 
 MODEL_FLAGS = {"dim", "dim_mults", "num_blocks", "modes", "conditioning", "objective", "length_scale", "blur_min", "blur_max"}
 # What a resumed run may change; all else would make it another run.
-FREE_FLAGS = {"steps", "epochs", "sample_steps", "num_samples", "num_draws", "enforce_observed"}
-FREE_FLAGS |= {"lr", "grad_clip", "amp"}  # what a loss that became nan calls for
+FREE_FLAGS = {"steps", "epochs", "sample_steps", "num_samples", "num_draws", "enforce_observed", "lr", "grad_clip", "amp"}
 FREE_FLAGS |= {"data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
 # What a checkpoint does not pass on.
 ONCE = {"sample": None, "resume": False, "overwrite": False}
@@ -241,18 +240,12 @@ def noise_scale(n, length, device):
 
 
 def gp_noise(white, args):
-    """A Gaussian process (B, C, n, n) from white noise, one number a mode.
-
-    Its variance is 1, and twice that at an edge, if the grid resolves the length scale and the square is much larger.
-    """
+    """A Gaussian process (B, C, n, n) from white noise; of variance 1, twice that at an edge, if the grid resolves it."""
     return idct(noise_scale(white.shape[-1], args.length_scale, white.device) * white)
 
 
 def seeded_white(seeds, channels, n, step, last):
-    """A standard normal for each mode (B, channels, n, n), by seeds (B,) and step: on any grid the same for the same mode.
-
-    step: 0 to last, an int or an int64 tensor.
-    """
+    """Normals (B, channels, n, n), one a mode, by seeds (B,) and step, 0 to last: for the same mode the same on any grid."""
     zeros = torch.zeros(len(seeds), n * n * channels, device=seeds.device)
     only_noise = torch.eye(5, device=seeds.device)[4:].repeat(last + 1, 1)
     return posterior_step(zeros, zeros, only_noise, step, seeds)[:, places_in_shells(n, channels, seeds.device)]
@@ -264,7 +257,7 @@ def places_in_shells(n, channels, device):
     k1, k2 = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
     shell = torch.maximum(k1, k2)
     place = shell**2 + torch.where(k1 == shell, k2, shell + 1 + k1)
-    return (place * channels + torch.arange(channels)[:, None, None]).to(device)
+    return (channels * place + torch.arange(channels)[:, None, None]).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,8 +502,7 @@ def training_loss(model, x_start, t, noise, cond_mask, target_mask, args):
 def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
     """Reconstructions (B, C, n, n), n = args.grid_size, of sparse images cond (B, C, H, W), 0 outside cond_mask (B, 1, H, W).
 
-    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone. watch: called with each z_t; graphs: see
-    reverse_process.
+    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone. watch, graphs: see reverse_process.
     """
     n, steps, device = args.grid_size, args.sample_steps, cond.device
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -518,8 +510,7 @@ def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
     alpha_ts, share = (log[:-1] - log[1:]).exp(), (sigma[1:] / sigma[:-1]) ** 2  # share: sigma_s^2 / sigma_t^2
     fresh = 1 - alpha_ts**2 * share  # v / sigma_t^2
     of_x = fresh * (log[1:] if args.objective == "x0" else log[1:] - log[:-1]).exp()  # eps leads to alpha_t x
-    if args.objective == "eps":  # which is but rounding where alpha_t is nearly 0: such modes wait for their x
-        of_x = of_x * (log[:-1] > math.log(1e-3))
+    of_x = of_x * ((log[:-1] > math.log(1e-3)) | (args.objective == "x0"))  # where alpha_t is nearly 0 that is but rounding
     spread = (fresh * sigma[1:] ** 2).sqrt() * noise_scale(n, args.length_scale, "cpu")
     spread[-1] = 0  # end on the mean
     of_z, of_x, spread, sigma, times = (x.float().to(device) for x in (alpha_ts * share, of_x, spread, sigma, times))
@@ -530,10 +521,8 @@ def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
         x = dct(out.clamp(-1, 1)) if args.objective == "x0" else z - sigma[step] * dct(out)
         return idct(of_z[step] * z + of_x[step] * x + spread[step] * seeded_white(seeds, cond.shape[1], n, step + 1, steps))
 
-    start = gp_noise(seeded_white(seeds, cond.shape[1], n, 0, steps), args)
-    for z in reverse_process(reverse_step, start, steps, [cond, cond_mask, seeds], graphs):
-        if watch:
-            watch(z)
+    z = gp_noise(seeded_white(seeds, cond.shape[1], n, 0, steps), args)
+    z = reverse_process(reverse_step, z, steps, [cond, cond_mask, seeds], watch, graphs)
     return torch.where(cond_mask, cond, z) if args.enforce_observed and n == cond.shape[-1] else z
 
 
@@ -716,13 +705,12 @@ def reconstruct(model, images, num_draws, args, file=None):
     draws = torch.zeros(num_draws * n, images.shape[1], args.grid_size, args.grid_size, device=device) if file is None else file
     batches, graphs = torch.arange(num_draws * n, device=device).split(args.batch_size), {}
     mine = (batches if file is None else file.missing(batches))[rank() :: world()]
-    hidden = rank() > 0 or file is None
-    progress = tqdm(desc="reconstructing", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    bar = tqdm(total=len(mine) * args.sample_steps, desc="sampling", unit="step", leave=False, disable=rank() > 0 or not file)
     for jobs in mine:
         i, draw = jobs % n, jobs // n
         seeds, cond = (args.seed << 32) + (draw << 20) + i, truth[i] * cond_mask[i]
-        draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: progress.update(), graphs))
-    progress.close()
+        draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: bar.update(), graphs))
+    bar.close()
     if file is not None:
         draws = torch.from_numpy(file.finish()).movedim(-1, 1)
     elif world() > 1:

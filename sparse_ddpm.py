@@ -461,8 +461,7 @@ def training_loss(model, x_start, t, noise, cond_mask, target_mask, scales, args
 def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
     """Reconstructions (B, C, H, W) in [-1, 1] of sparse images cond (B, C, H, W), zero outside cond_mask (B, 1, H, W).
 
-    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone. watch: called with each x_t; graphs: see
-    reverse_process.
+    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone. watch, graphs: see reverse_process.
     """
     _, alphas_cumprod = make_schedule(args.schedule, args.num_timesteps)
     timesteps, coefficients = (
@@ -475,9 +474,7 @@ def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
         return posterior_step(x_t, out, coefficients, step, seeds)
 
     start = seeded_normal(seeds, cond.shape[1:])
-    for x_t in reverse_process(reverse_step, start, args.sample_steps, [cond, cond_mask, seeds], graphs):
-        if watch:
-            watch(x_t)
+    x_t = reverse_process(reverse_step, start, args.sample_steps, [cond, cond_mask, seeds], watch, graphs)
     return torch.where(cond_mask, cond, x_t) if args.enforce_observed else x_t
 
 
@@ -664,13 +661,12 @@ def reconstruct(model, images, num_draws, args, file=None):
     draws = torch.zeros(num_draws * n, *images.shape[1:], device=device) if file is None else file
     batches, graphs = torch.arange(num_draws * n, device=device).split(args.batch_size), {}
     mine = (batches if file is None else file.missing(batches))[rank() :: world()]
-    hidden = rank() > 0 or file is None
-    progress = tqdm(desc="reconstructing", total=len(mine) * args.sample_steps, unit="step", disable=hidden, leave=False)
+    bar = tqdm(total=len(mine) * args.sample_steps, desc="sampling", unit="step", leave=False, disable=rank() > 0 or not file)
     for jobs in mine:
         i, draw = jobs % n, jobs // n
         seeds, cond = (args.seed << 32) + (draw << 20) + i, truth[i] * cond_mask[i]
-        draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: progress.update(), graphs))
-    progress.close()
+        draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: bar.update(), graphs))
+    bar.close()
     if file is not None:
         draws = torch.from_numpy(file.finish()).movedim(-1, 1)
     elif world() > 1:
