@@ -10,7 +10,8 @@ torch.randn_like, the fused step inside the kernel. The floor is the bytes that 
 
 Scripts: each runs as a user would run it, in a process of its own, with a clock in its training loop and its sampler: medians
 a step, the peak memory of the whole process (of the device, on a GPU), the share of sampling spent outside the network, and
-the floor of a sampling step: its FLOPs at the rate of a large matrix product. Peers (denoising-diffusion-pytorch, diffusers;
+the floor of a sampling step: its FLOPs at the rate of a large matrix product (loose for sparse_ddo.py, whose complex products
+count as real ones). Peers (denoising-diffusion-pytorch, diffusers;
 pip install -e '.[peers]') get the same batch, image size and precision, and the width that comes nearest in parameters.
 """
 
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -52,7 +54,7 @@ BATCH = {"small": 32, "full": 128}  # of the presets
 
 def synchronize(device):
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def median_seconds(call, device, budget=0.5):
@@ -168,7 +170,7 @@ def matrix_rate(device, dtype):
 
 
 def count_flops(call):
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it does not know all fused attentions
         call()
     return counter.get_total_flops()
 
@@ -179,14 +181,16 @@ def run_script(job):
     script, clock, toy = importlib.import_module(job["name"]), Clock(device), job["name"] == "toy_diffusion"
     sample_batch = 256 if toy else batch
     images.SHAPES_COUNT = {True: 4 * max(batch, 100), False: 4 * max(batch, 100)}
+    one_by_one = lambda body, warm_up, device: body
     if job["mode"] == "eager":
-        fused_ddpm._capture = lambda body, warm_up, device: body
+        fused_ddpm._capture = one_by_one
     flags = ["--data", "shapes", "--image-size", job["size"], "--batch-size", batch, "--steps", job["train_steps"]]
     flags += ["--sample-steps", steps, "--num-samples", 3 * sample_batch, "--device", device, *job["flags"]]
     if not toy:
         flags += ["--preset", job["preset"], "--sample-every", 10**6, "--save-every", 10**6]
         flags += ["--num-draws", 1] if job["name"].startswith("sparse") else []
         flags += ["--compile"] if job["mode"] == "compile" else []
+        script.held_out_loss = lambda *args: 0.0  # it calls training_loss, too
         if device == "cpu":
             clock.watch(script, "predict")
     sample = clock.watch(script, "sample")
@@ -199,10 +203,13 @@ def run_script(job):
     bf16 = any(getattr(argument, "use_amp", False) for argument in arguments)
     row = {"batch": batch, "parameters": sum(p.numel() for p in arguments[0].parameters()), "bf16": bf16}
     row |= {"train": clock.between("training_loss"), "sample": statistics.mean(seconds) / steps, "sample_batch": sample_batch}
-    if job["mode"] == "eager":
+    if job["mode"] != "compile":
         calls = zip(clock.starts.get("predict", []), clock.seconds.get("predict", []), strict=True)
         network = [s for start, s in calls if second <= start][: 2 * steps]
         row["outside"] = 1 - sum(network) / sum(seconds) if network else None
+        fused_ddpm._capture, graphs = one_by_one, [argument for argument in arguments if isinstance(argument, dict)]
+        for graph in graphs:
+            graph.clear()
         with torch.no_grad():
             row["flops"] = count_flops(lambda: sample(*arguments)) / steps
         row["floor"] = row["flops"] / matrix_rate(device, torch.bfloat16 if bf16 else torch.float32)
@@ -223,6 +230,10 @@ def nearest_width(make, parameters):
 def run_peer(job):
     """Train and sample with another library as its documentation shows: Adam, clipped gradients, no averaged weights."""
     device, batch, steps, size = job["device"], job["batch"], job["sample_steps"], job["size"]
+    if device.startswith("cuda"):  # as the scripts do
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     mults = {"small": (1, 2, 4), "full": (1, 2, 2, 2)}[job["preset"]]
     if job["name"] == "denoising_diffusion_pytorch":
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
@@ -299,7 +310,7 @@ def run_jobs(jobs, title):
 def peak_memory(device):
     """Bytes: of the device, or of the process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -335,6 +346,8 @@ def bench_peers(args, job):
     for sampler in ("ddpm", "ddim"):
         job = job | {"mode": "graph" if args.device.startswith("cuda") else "eager", "sampler": sampler}
         ours = run_job(job | {"name": "ddpm", "flags": ["--sampler", sampler]})
+        if ours is None:
+            continue
         job = job | {"mode": "eager", "parameters": ours["parameters"], "bf16": ours["bf16"]}
         theirs = run_jobs([job | {"name": name} for name in PEERS if name not in missing], f"peers, {sampler}")
         for row in theirs:
@@ -383,7 +396,7 @@ def main():
     args = parser.parse_args()
     if args.job:
         row = (run_peer if args.job["name"] in PEERS else run_script)(args.job)
-        print(json.dumps(row | {"memory": peak_memory(args.device)}))
+        print(json.dumps(row | {"memory": peak_memory(args.job["device"])}))
         return
 
     facts = {"machine": machine(args.device), "torch": torch.__version__, "date": str(datetime.date.today())}

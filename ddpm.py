@@ -778,7 +778,7 @@ def main(argv=None):
     try:
         run(*get_config(argv))
     except (UserError, DataError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}" if rank() == 0 else 1)
+        sys.exit(f"{SCRIPT}.py: error: {error}" if rank() == 0 or isinstance(error, DataError) else 1)
     except KeyboardInterrupt:  # in training it is caught, and the run saved
         sys.exit(f"{SCRIPT}.py: interrupted")
     finally:

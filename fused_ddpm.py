@@ -140,9 +140,12 @@ def seeded_normal(seeds, shape):
     return posterior_step(zeros, zeros, only_noise, 0, seeds, stream=START_NOISE)
 
 
+_failed_captures = []  # after one no other is tried: it may leave CUDA's allocator and generator in the middle of a capture
+
+
 def _capture(body, warm_up, device):
     """body(), work on fixed CUDA tensors, as a CUDA graph: its replay, one launch whatever body launches. Else body itself."""
-    if device.type != "cuda":
+    if device.type != "cuda" or _failed_captures:
         return body
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
@@ -151,8 +154,12 @@ def _capture(body, warm_up, device):
             warm_up()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may call CUDA meanwhile
-        body()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may call CUDA meanwhile
+            body()
+    except RuntimeError as error:
+        torch.cuda.set_stream(current)  # which torch leaves at the one it captured on
+        raise (error.__context__ or error) from None  # what went wrong, rather than that the capture could not be ended
     return graph.replay
 
 
@@ -190,6 +197,7 @@ def reverse_process(reverse_step, x_t, num_steps, inputs=(), watch=None, graphs=
             replay = _capture(body, lambda: reverse_step(fixed[0], step, *fixed[1:]), x_t.device)
         except RuntimeError as error:
             warnings.warn(f"sampling without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
+            _failed_captures.append(error)
             replay = body
         graphs[key] = fixed, step, replay, body  # body, as it keeps alive what reverse_step refers to: the graph has addresses
     fixed, step, replay, _ = graphs[key]

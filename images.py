@@ -290,8 +290,9 @@ class SampleFile:
         """shape: (n, C, H, W). settings: a dict for JSON. tensors: what else the images depend on, weights for instance."""
         n, *image = shape
         self.path, self.part, self.dtype = path, path.with_name(f"{path.name}.part"), np.dtype(dtype)
+        self.shape = n, *image[1:], image[0]
         header = io.BytesIO()
-        layout = {"descr": self.dtype.str, "fortran_order": False, "shape": (n, *image[1:], image[0])}
+        layout = {"descr": self.dtype.str, "fortran_order": False, "shape": self.shape}
         np.lib.format.write_array_header_1_0(header, layout)
         settings = {name: value for name, value in settings.items() if name not in BESIDE_THE_POINT}
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -339,22 +340,30 @@ class SampleFile:
             self.write(index, self.image_bytes, images, self.first)
             self.write(index, 1, [b"\1"] * len(index), self.flags)  # later, so that no flag outlives its image
         except OSError as error:
-            raise DataError(f"{self.part}: cannot be written ({error}); make room and run the same again to go on") from error
+            raise DataError(
+                f"{self.part}: cannot be written ({error}); make room, then --resume or the same --sample goes on"
+            ) from error
 
     def missing(self, batches):
         """Those of the batches, a list of indices (B,), that were not whole when the file was opened."""
         return [index for index in batches if not self.done[index.cpu().numpy()].all()]
 
+    def array(self):
+        """Once all processes have filled in their share: all of it, (n, H, W, C), mapped into memory."""
+        self.all_wait()
+        array = np.memmap(self.part, self.dtype, "c", self.first, self.shape)
+        if not np.memmap(self.part, np.bool_, "r", self.flags, len(array)).all():
+            raise DataError(f"{self.part}: some are missing, which another process was to write; run the same again")
+        self.all_wait()
+        return array
+
     def finish(self):
-        """Once all processes have filled in their share: the whole array, at its path and mapped into memory."""
+        """The same, and the file moves to its path."""
+        self.array()
         self.file.close()
         self.all_wait()
         if self.leads():
-            with open(self.part, "r+b") as file:
-                file.seek(self.flags)
-                if not all(file.read(len(self.done))):
-                    raise DataError(f"{self.part}: some are missing, which another process was to write; run the same again")
-                file.truncate(self.flags)
-            os.replace(self.part, self.path)
+            os.replace(self.part, self.path)  # a kill here leaves a good .npy, only with the flags behind it
+            os.truncate(self.path, self.flags)
         self.all_wait()
         return np.load(self.path, mmap_mode="c")

@@ -712,7 +712,7 @@ def reconstruct(model, images, num_draws, args, file=None):
         draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: bar.update(), graphs))
     bar.close()
     if file is not None:
-        draws = torch.from_numpy(file.finish()).movedim(-1, 1)
+        draws = torch.from_numpy(file.array()).movedim(-1, 1)
     elif world() > 1:
         dist.all_reduce(draws)  # each process left the others' share at zero
     return to_unit(truth).cpu(), cond_mask.cpu(), target_mask.cpu(), draws.cpu().unflatten(0, (num_draws, n))
@@ -824,10 +824,10 @@ def evaluate(model, images, args):
     metrics |= {"num_images": len(truth), "num_draws": args.num_draws, "sparsity": args.sparsity, "grid_size": args.grid_size}
     arrays = {"truth": truth, "cond_mask": cond_mask, "target_mask": target_mask, "draws": draws}
     write(out_dir / "reconstructions.npz", lambda path: np.savez(path, **{k: v.numpy() for k, v in arrays.items()}))
-    (out_dir / "draws.npy").unlink()
     samples = (draws[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
     write(out_dir / "samples.npy", lambda path: np.save(path, samples))
     write(out_dir / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
+    file.part.unlink()  # now that all is elsewhere
     draw_reconstructions(out_dir / "reconstructions.png", truth[:10], cond_mask[:10], target_mask[:10], same_grid[:, :10])
     names = {"draw": "one draw", "mean": f"mean of {args.num_draws}", "baseline": "interpolation"}
     for region in ("unseen", "query"):
@@ -926,7 +926,7 @@ def main(argv=None):
     try:
         run(*get_config(argv))
     except (UserError, DataError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}" if rank() == 0 else 1)
+        sys.exit(f"{SCRIPT}.py: error: {error}" if rank() == 0 or isinstance(error, DataError) else 1)
     except KeyboardInterrupt:  # in training it is caught, and the run saved
         sys.exit(f"{SCRIPT}.py: interrupted")
     finally:

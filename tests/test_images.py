@@ -212,7 +212,7 @@ def test_sample_file_on_a_full_disk(tmp_path):
     file = open_samples(tmp_path)
     file.file.close()
     file.file = open("/dev/full", "r+b", buffering=0)
-    with pytest.raises(images.DataError, match=r"samples.npy.part: cannot be written .*No space left.*run the same again"):
+    with pytest.raises(images.DataError, match=r"part: cannot be written .*No space left.*--resume or the same --sample"):
         file[torch.arange(2)] = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
     (tmp_path / "text").write_text("hello")
     with pytest.raises(images.DataError, match="cannot be written"):
