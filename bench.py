@@ -11,8 +11,8 @@ torch.randn_like, the fused step inside the kernel. The floor is the bytes that 
 Scripts: each runs as a user would run it, in a process of its own, with a clock in its training loop and its sampler: medians
 a step, the peak memory of the whole process (of the device, on a GPU), the share of sampling spent outside the network, and
 the floor of a sampling step: its FLOPs at the rate of a large matrix product (loose for sparse_ddo.py, whose complex products
-count as real ones). Peers (denoising-diffusion-pytorch, diffusers;
-pip install -e '.[peers]') get the same batch, image size and precision, and the width that comes nearest in parameters.
+count as real ones). Peers (denoising-diffusion-pytorch, diffusers; pip install -e '.[peers]') get the same batch, image size
+and precision, and the width that comes nearest in parameters.
 """
 
 import argparse

@@ -189,7 +189,7 @@ def test_block_keeps_the_variance(channels_in, channels):
     smooth = torch.cat([waves(32, 3, channels_in, seed) for seed in range(4)])
     for x in (smooth, torch.randn(4, channels_in, 32, 32)):
         expected = x.var().item() if channels_in == channels else block.skip(x).var().item()
-        assert block(x, emb).var().item() == pytest.approx(expected, rel=0.3)
+        assert block(x, emb).var().item() == pytest.approx(expected, rel=0.2 if channels_in == channels else 0.3)
     conv = script.SpectralConv(channels_in, channels, 16)
     assert conv(smooth).var().item() == pytest.approx(smooth.var().item(), rel=0.2)
 
