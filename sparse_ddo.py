@@ -1,227 +1,166 @@
-"""Sparse reconstruction in function space: an image is a function on the unit square, seen on whatever grid.
+"""Sparse reconstruction in function space: an image is a function on the unit square, on any grid.
 
-Denoising diffusion operators (DDO, Lim et al. 2023, arXiv 2302.07400), conditioned on 10% of the pixels. Everything is
-defined for functions and only then sampled, so that one network trained at 32x32 also reconstructs at 48x48 or 64x64. In the
-orthonormal cosine transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
+Denoising diffusion operators (DDO, Lim et al. 2023, arXiv 2302.07400), conditioned on 10% of the
+pixels. State, noise and network are defined for functions and only then sampled, so that one
+network trained at 32x32 also reconstructs at 48x48 or 64x64. (The context is an image that enters
+through convolutions on the training grid: that path is tied to it.) In the orthonormal cosine
+transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
 
-    z_t = alpha_k(t) x + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)      blurred more and more (s), and noisier
-    a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it runs from 10 to -10
-    e: a Gaussian process with covariance exp(-(r / l)^2), not white noise, which is no function
+    z_t = alpha_k(t) x + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)       blurred and noisy
+    a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it is 10 to -10
+    e: a Gaussian process with covariance exp(-(r / l)^2), mirrored at the edges
 
-The network is an FNO U-Net (Li et al. 2021, arXiv 2010.08895): convolutions by their lowest Fourier modes, band-limited
-resampling. The paper predicts e; on a small budget that learns slowly, so the small preset predicts x. Given e, alpha_t x =
-z_t - sigma_t e, and a step t -> s draws from the posterior of z_s given x and z_t, mode by mode, with alpha_ts = alpha_t /
-alpha_s and v = sigma_t^2 - alpha_ts^2 sigma_s^2:
+e is no white noise, which is no function; its variance is 1 inside, 2 at an edge, 4 in a corner.
+The blur is a Gaussian of s / pi image widths (blurring diffusion: Hoogeboom & Salimans 2022,
+arXiv 2209.05557). The network is an FNO U-Net. The paper predicts e; on a small budget that learns
+slowly, so the small preset predicts x. Given e, alpha_t x = z_t - sigma_t e. A step t -> s draws
+from the posterior of z_s given x and z_t, mode by mode, with alpha_ts = alpha_t / alpha_s,
+r = sigma_s / sigma_t and v = sigma_t^2 - alpha_ts^2 sigma_s^2:
 
-    z_s = alpha_ts (sigma_s^2 / sigma_t^2) z_t + (v / sigma_t^2) alpha_s x + sqrt(v sigma_s^2 / sigma_t^2) e'
+    z_s = alpha_ts r^2 z_t + (v / sigma_t^2) alpha_s x + r sqrt(v) e'
 
-With x from the network nothing is divided by alpha_t, which is nearly 0 for the modes blurred away.
+With x from the network nothing is divided by alpha_t, nearly 0 for the modes blurred away.
 
-    python sparse_ddo.py                                                       # train, reconstruct test images
-    python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64       # the same network on a finer grid
+    python sparse_ddo.py                                                     # train, reconstruct
+    python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
 
-Measured: the first command, on Fashion-MNIST, takes 6 min 31 s on two cores of a 2.6 GHz Xeon with AMX (torch 2.14.1). On 256
-test images, unseen pixels only, the mean of 8 draws has a PSNR of 18.8 dB, one draw 17.0, linear interpolation 15.6.
+Measured: the first command, on Fashion-MNIST, takes 6 min 31 s on two cores of a 2.6 GHz Xeon with
+AMX. On 256 test images, unseen pixels, the mean of 8 draws has 18.8 dB, one draw 17.0.
 """
 
-import argparse
-import contextlib
 import copy
 import functools
-import json
 import math
-import os
-import signal
-import sys
-import time
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-import matplotlib
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
-import fused_ddpm
-from fused_ddpm import MASK_KEYS, masked_loss, posterior_step, random_words, reverse_process, seeded_normal
-from images import DataError, SampleFile, choose_data, load_images
+from fused_ddpm import graphed, masked_loss, seeded_integers, seeded_normal, seeded_uniform
+from fused_ddpm.config import RunConfig, flag
+from fused_ddpm.fno import FnoUnet, places_in_shells, prepare_to_compile, resize
+from fused_ddpm.images import Data, as_file, to_float, to_unit
+from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
+from fused_ddpm.metrics import evaluate, table
+from fused_ddpm.noise import MIRROR, STEP_NOISE, TIMESTEP, TRAIN_NOISE
+from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_sheet, show_seen
+from fused_ddpm.runs import Run
 
-SCRIPT = Path(__file__).stem
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Config. A flag on the command line wins over the preset. small suits two CPU cores, full is the configuration for a GPU.
-
-MODEL_FLAGS = {"dim", "dim_mults", "num_blocks", "modes", "conditioning", "objective", "length_scale", "blur_min", "blur_max"}
-# What a resumed run may change; all else would make it another run.
-FREE_FLAGS = {"steps", "epochs", "sample_steps", "num_samples", "num_draws", "enforce_observed", "lr", "grad_clip", "amp"}
-FREE_FLAGS |= {"data_dir", "device", "compile", "out_dir", "save_every", "sample_every", "resume", "overwrite", "sample"}
-# What a checkpoint does not pass on.
-ONCE = {"sample": None, "resume": False, "overwrite": False}
-HISTORY = ("steps", "epochs", "train_loss", "val_loss", "test_loss")  # the columns of history.json
+# --------------------------------------------------------------------------------------------------
+# Config: a field is a flag. The first value suits two CPU cores, full= is for a GPU.
 
 
-class UserError(Exception):
-    """Something only the user can mend; shown as one line, without a traceback."""
+@dataclass
+class Model:  # what the weights are: fixed with a checkpoint
+    dim: int = flag(32, "channels at full resolution", full=64)
+    dim_mults: list[int] = flag([1, 2, 3], "channels of each level, times dim", full=[1, 2, 4])
+    num_blocks: int = flag(1, "blocks of each level, down and up", full=2)
+    modes: int = flag(16, "Fourier modes a direction, halved with each level", within="[4, 256]")
+    conditioning: str = flag("encoder", "of the sparse image", ["encoder", "concat"])
+    objective: str = flag("x0", "what the network predicts", ["eps", "x0"], full="eps")
+    length_scale: float = flag(0.05, "l of the noise, in image widths", within="(0, 1)")
+    blur_min: float = flag(0.0, "s at t = 0; above 0 all stays a little blurred", within="[0, 1]")
+    blur_max: float = flag(0.25, "s at t = 1", within="[0, 1]")
 
 
-def number(kind, low, high, ends="[]"):
-    """An argparse type: a number within bounds, each included ([ ]) or not (( ))."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low < value < high or (value == low and ends[0] == "[") or (value == high and ends[1] == "]")):
-            raise argparse.ArgumentTypeError(f"must lie in {ends[0]}{low}, {high}{ends[1]}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return parse
-
-
-def build_parser():
-    """The parser, which leaves out what is not given, and the values of every flag under each preset."""
-    title = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", title, argument_default=argparse.SUPPRESS)
-    presets = {"small": {}, "full": {}}
-    count, groups = number(int, 1, 2**31), []
-
-    def flag(name, kind, small, text, full=None, into=None, **more):
-        """kind: a type, the choices, or bool. small: the value under that preset, full: under the other if it differs."""
-        full = small if full is None else full
-        presets["small"][name.replace("-", "_")], presets["full"][name.replace("-", "_")] = small, full
-        shown = f" ({small})" if small == full else f" (small {small}, full {full})"
-        kinds = {bool: {"action": argparse.BooleanOptionalAction}, list: {"choices": kind}}
-        more |= kinds.get(kind if kind is bool else type(kind), {"type": kind})
-        (into or groups[-1]).add_argument(f"--{name}", help=text + shown * (small is not None or full is not None), **more)
-
-    groups.append(parser.add_argument_group("data"))
-    flag("data", str, "auto", "cifar10, fashion_mnist, mnist, shapes, a folder; auto: fashion_mnist if small, cifar10 if full")
-    flag("data-dir", str, "data", "where downloaded data sets are kept")
-    flag("image-size", count, 32, "side in pixels; with --sample, of the grid to reconstruct on")
-    flag("flip", bool, False, "mirror half of the training images", full=True)
-    groups.append(parser.add_argument_group("sparsity"))
-    flag("sparsity", number(float, 0, 1, "()"), 0.1, "fraction of the pixels that the network sees")
-    flag("target-sparsity", number(float, 0, 1, "()"), None, "fraction that is the query; by default the same")
-    flag("mask-seed", number(int, 0, 2**31 - 1), 42, "the masks of an image are the same in every epoch, and in every run")
-    flag("loss-region", ["full", "query"], "full", "take the loss on the whole image or on the query pixels")
-    flag("mask-pattern", list(PATTERNS), "random", "how the pixels are scattered")
-    groups.append(parser.add_argument_group("model"))
-    flag("dim", count, 32, "channels at full resolution", full=64)
-    flag("dim-mults", count, [1, 2, 3], "channels of each level, as multiples of dim", full=[1, 2, 4], nargs="+")
-    flag("num-blocks", count, 1, "blocks of each level, going down and going up", full=2)
-    flag("modes", number(int, 4, 256), 16, "Fourier modes a direction at full resolution; halved with each level")
-    flag("conditioning", ["encoder", "concat"], "encoder", "the sparse image goes in through three convolutions, or as it is")
-    groups.append(parser.add_argument_group("diffusion"))
-    flag("objective", ["eps", "x0"], "x0", "what the network predicts: noise or image", full="eps")
-    flag("length-scale", number(float, 0, 1, "()"), 0.05, "l of the noise's covariance, in image widths")
-    flag("blur-min", number(float, 0, 1, "[]"), 0.0, "s at t = 0; above 0 the reconstruction stays a little blurred")
-    flag("blur-max", number(float, 0, 1, "[]"), 0.25, "s at t = 1")
-    flag("loss", list(fused_ddpm.LOSS_KINDS), "l2", "distance to it")
-    groups.append(parser.add_argument_group("training"))
-    length = groups[-1].add_mutually_exclusive_group()
-    flag("steps", count, 1200, "optimizer steps", full=0, into=length)
-    flag("epochs", count, 0, "the same in passes over the data", full=100, into=length)
-    flag("batch-size", count, 32, "images a step, over all processes; also that of sampling", full=128)
-    flag("lr", number(float, 0, 1, "(]"), 2e-3, "peak learning rate of Adam", full=2e-4)
-    flag("lr-schedule", ["constant", "cosine"], "cosine", "after the warm-up; cosine ends at 0", full="constant")
-    flag("grad-clip", number(float, 0, math.inf, "(]"), 1.0, "largest norm of the gradient")
-    flag("ema-decay", number(float, 0, 1, "[)"), 0.995, "of the averaged weights, those sampled from", full=0.9999)
-    groups.append(parser.add_argument_group("sampling"))
-    flag("sample-steps", count, 20, "network calls for an image", full=250)
-    flag("num-samples", number(int, 1, 2**20), 256, "test images to reconstruct")
-    flag("num-draws", number(int, 1, 1000), 8, "K, reconstructions of each")
-    flag("enforce-observed", bool, True, "put the observed pixels back at the end")
-    groups.append(parser.add_argument_group("run"))
-    flag("preset", ["auto", *presets], "auto", "auto: full on a GPU, small on a CPU")
-    flag("seed", number(int, 0, 2**31 - 1), 0, "of everything random")
-    flag("device", str, "auto", "cuda, cpu, ...; auto takes the GPU if there is one")
-    flag("amp", ["auto", "on", "off"], "auto", "bfloat16 autocast; auto: where the hardware multiplies it")
-    flag("compile", bool, False, "torch.compile the network: a slow start, then faster steps")
-    flag("out-dir", str, f"out/{SCRIPT}", "where everything is written; with --sample, by default beside the checkpoint")
-    flag("save-every", count, 500, "steps between checkpoints")
-    flag("sample-every", count, None, "steps between pictures; by default a fifth of the run")
-    flag("resume", bool, False, "continue the run in out-dir")
-    flag("overwrite", bool, False, "replace the run in out-dir")
-    flag("sample", str, None, "train nothing, reconstruct with the weights of this checkpoint", metavar="CHECKPOINT")
-    return parser, presets
+@dataclass
+class Training:  # how they are made: fixed with a run, but for what is marked later
+    data: str = flag("auto", "fashion_mnist, mnist, cifar10, shapes, or a folder of images")
+    flip: bool = flag(False, "mirror half of the training images", full=True)
+    sparsity: float = flag(0.1, "fraction of the pixels that the network sees", within="(0, 1)")
+    target_sparsity: float | None = flag(None, "of the query; the same", within="(0, 1)")
+    mask_seed: int = flag(42, "masks are the same in every epoch", within="[0, 2147483647]")
+    mask_pattern: str = flag("random", "how the pixels are scattered", list(PATTERNS))
+    loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
+    loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
+    steps: int | None = flag(1200, "optimizer steps", full=None, later=True)
+    epochs: int | None = flag(None, "the same in passes over the data", full=100, later=True)
+    batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
+    lr: float = flag(2e-3, "peak learning rate of Adam", full=2e-4, within="(0, 1]", later=True)
+    lr_schedule: str = flag("cosine", "after warming up", ["constant", "cosine"], full="constant")
+    grad_clip: float = flag(1.0, "largest norm of the gradient", within="(0, inf]", later=True)
+    ema_decay: float = flag(0.995, "of the weights sampled from", full=0.9999, within="[0, 1)")
 
 
-def check_flags(args, parser):
-    """What argparse cannot see: flags that do not fit each other."""
-    halvings = len(args.dim_mults) - 1
-    if args.image_size < args.modes:
-        parser.error(f"--image-size {args.image_size}: must be at least --modes, {args.modes}")
-    if args.blur_min > args.blur_max:
-        parser.error(f"--blur-min {args.blur_min}: must not exceed --blur-max, {args.blur_max}")
-    if args.modes % 2 ** (halvings + 1):
-        parser.error(f"--modes {args.modes}: must be a multiple of {2 ** (halvings + 1)}")
-    n, n_cond, n_target = mask_counts(args)
-    if args.sparsity + (args.target_sparsity or args.sparsity) > 1:
-        parser.error(f"--sparsity {args.sparsity} and --target-sparsity {args.target_sparsity or args.sparsity}: "
-                     "the masks are disjoint, so their sum must not exceed 1")  # fmt: skip
-    if not (n_cond and n_target and n_cond + n_target <= n):
-        parser.error(f"--sparsity {args.sparsity}: that is {n_cond} pixels to see and {n_target} to score of the {n} there are")
+@dataclass
+class Sampling:  # how they are used: free
+    image_size: int = flag(32, "side of the grid to reconstruct, and to train, on", later=False)
+    sample_steps: int = flag(20, "network calls for an image", full=250)
+    num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
+    num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
+    enforce_observed: bool = flag(True, "put the observed pixels back at the end")
 
 
-def get_config(argv):
-    """Command line -> (namespace, checkpoint or None). Flags that do not fit exit with status 2, files with UserError."""
-    parser, presets = build_parser()
-    given = vars(parser.parse_args(argv))
-    run, checkpoint = presets["small"] | given, None
-    device = run["device"] if run["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if run["sample"] or run["resume"]:
-        checkpoint = load_checkpoint(Path(run["sample"] or Path(run["out_dir"], "last.pt")))
-        saved, given = checkpoint["config"], {name: value for name, value in given.items() if value != "auto"}
-        for name in sorted(given.keys() & (MODEL_FLAGS if run["sample"] else saved.keys() - FREE_FLAGS)):
-            if given[name] != saved[name]:
-                flag = "--" + name.replace("_", "-")
-                parser.error(f"{flag} {given[name]}: the checkpoint was made with {saved[name]}; leave it out or start anew")
-        folder = str(Path(run["sample"]).parent) if run["sample"] else run["out_dir"]
-        config = presets[saved["preset"]] | saved | ONCE | {"out_dir": folder}
-        if "steps" in given or "epochs" in given:  # another length, so other intervals
-            config |= {"log_every": None, "sample_every": None}
-    else:
-        preset = run["preset"] if run["preset"] != "auto" else "full" if device.startswith("cuda") else "small"
-        config = presets[preset]
-        config |= {"preset": preset, "log_every": None, "train_size": None}
-        if not run["overwrite"] and Path(run["out_dir"], "last.pt").exists():
-            parser.error(f"--out-dir {run['out_dir']}: holds a run already; --resume continues it, --overwrite replaces it")
-    if "steps" in given or "epochs" in given:
-        config |= {"steps": 0, "epochs": 0}
-    args = argparse.Namespace(**(config | given | {"device": device, "preset": config["preset"]}))
-    check_flags(args, parser)
-    return args, checkpoint
+@dataclass
+class Config(RunConfig, Sampling, Training, Model):
+    def check(self):
+        """(wrong, message) of what no flag shows by itself."""
+        factor = 2 ** len(self.dim_mults)
+        yield not self.dim_mults, "--dim-mults: needs one level at least"
+        yield self.image_size < self.modes, (
+            f"--image-size {self.image_size}: must be at least --modes, {self.modes}"
+        )
+        yield self.blur_min > self.blur_max, (
+            f"--blur-min {self.blur_min}: must not exceed --blur-max, {self.blur_max}"
+        )
+        yield self.modes % factor, f"--modes {self.modes}: must be a multiple of {factor}"
+        yield from check_masks(self)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedule: time is continuous, from the image at t = 0 to noise at t = 1.
 
 
-def make_schedule(t, args):
-    """(a, sigma, blur), float64, each shaped like t: what x and the noise are multiplied with, and the width of the blur."""
+def make_schedule(t, config):
+    """(a, sigma, s), float64 like t: what x and noise are multiplied with, the blur's width."""
     end = 2 / math.pi * math.atan(math.exp(-5))  # where log(a^2 / sigma^2) is 10
     angle = math.pi / 2 * (end + (1 - 2 * end) * t.double())
-    return angle.cos(), angle.sin(), args.blur_min + (args.blur_max - args.blur_min) * torch.sin(math.pi / 2 * t.double()) ** 2
+    rise = torch.sin(math.pi / 2 * t.double()) ** 2
+    return angle.cos(), angle.sin(), config.blur_min + (config.blur_max - config.blur_min) * rise
 
 
-def log_alpha(t, n, args):
+def log_alpha(t, n, config):
     """ln alpha_k, float64 (len(t), n, n)."""
-    a, _, blur = make_schedule(t, args)
+    a, _, blur = make_schedule(t, config)
     k = torch.arange(n, dtype=torch.float64, device=t.device)
     return a.log()[:, None, None] - (k[:, None] ** 2 + k**2) * blur[:, None, None] ** 2 / 2
 
 
+def sampling_table(n, config):
+    """Of each of S steps its time, and what multiplies z_t, x and white noise, (S, n, n); sigma_t.
+
+    All float32. Of times and sigma_t there is one more, that of the end at t = 0.
+    """
+    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64)
+    log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
+    alpha_ts = (log[:-1] - log[1:]).exp()
+    share = (sigma[1:] / sigma[:-1]) ** 2  # sigma_s^2 / sigma_t^2
+    fresh = 1 - alpha_ts**2 * share  # v / sigma_t^2
+    if config.objective == "x0":
+        of_x = fresh * log[1:].exp()
+    else:  # eps leads to alpha_t x; where alpha_t is nearly 0 that is but rounding
+        of_x = fresh * (log[1:] - log[:-1]).exp() * (log[:-1] > math.log(1e-3))
+    spread = (fresh * sigma[1:] ** 2).sqrt() * noise_scale(n, config.length_scale, "cpu")
+    spread[-1] = 0  # end on the mean
+    rows = times, alpha_ts * share, of_x, spread, sigma
+    return [x.float().to(config.device) for x in rows]
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions on a grid: cosine modes, and noise that is the same function on any grid.
+
+
 @functools.cache
 def dct_matrix(n, device):
-    """The orthonormal DCT-II as a matrix: its rows are cosines. At these sizes two products beat a fast transform."""
-    k, x = torch.arange(n, dtype=torch.float64)[:, None], (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    return (torch.cos(math.pi * k * x) * torch.where(k == 0, 1 / n, 2 / n).sqrt()).float().to(device)
+    """The orthonormal DCT-II: its rows are cosines. At these sizes two products beat an FFT."""
+    k, x = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    scale = torch.where(k == 0, 1 / n, 2 / n).sqrt()
+    return (torch.cos(math.pi * k * ((x + 0.5) / n)) * scale).float().to(device)
 
 
 def dct(x):
-    """Cosine coefficients (..., n, n) of images (..., n, n); an image n times as large has coefficients n times as large."""
+    """Cosine coefficients (..., n, n) of images (..., n, n), proportional to n."""
     matrix = dct_matrix(x.shape[-1], x.device)
     return matrix @ x @ matrix.T
 
@@ -233,366 +172,85 @@ def idct(u):
 
 @functools.cache
 def noise_scale(n, length, device):
-    """Standard deviations (n, n) of the noise's cosine coefficients: covariance exp(-(r / length)^2), mirrored at the edges."""
+    """Standard deviations (n, n) of the noise's modes: covariance exp(-(r / length)^2)."""
     k = torch.arange(n, dtype=torch.float64)
     spectrum = length * math.pi**0.5 * torch.exp(-((math.pi * k * length) ** 2) / 4)
     return (n * (spectrum[:, None] * spectrum).sqrt()).float().to(device)
 
 
-def gp_noise(white, args):
-    """A Gaussian process (B, C, n, n) from white noise; of variance 1, twice that at an edge, if the grid resolves it."""
-    return idct(noise_scale(white.shape[-1], args.length_scale, white.device) * white)
+def gp_noise(white, config):
+    """A Gaussian process (B, C, n, n) from white noise; of variance 1 inside, if resolved."""
+    return idct(noise_scale(white.shape[-1], config.length_scale, white.device) * white)
 
 
-def seeded_white(seeds, channels, n, step, last):
-    """Normals (B, channels, n, n), one a mode, by seeds (B,) and step, 0 to last: for the same mode the same on any grid."""
-    zeros = torch.zeros(len(seeds), n * n * channels, device=seeds.device)
-    only_noise = torch.eye(5, device=seeds.device)[4:].repeat(last + 1, 1)
-    return posterior_step(zeros, zeros, only_noise, step, seeds)[:, places_in_shells(n, channels, seeds.device)]
+def white_noise(seeds, channels, n, step, steps):
+    """Normals (B, channels, n, n), one a mode, for a step 0..steps: the same on any grid."""
+    white = seeded_normal(seeds, (n * n * channels,), STEP_NOISE, step, steps + 1)
+    return white[:, places_in_shells(n, channels, seeds.device)]
 
 
-@functools.cache
-def places_in_shells(n, channels, device):
-    """Where mode (k1, k2) of a channel stands (channels, n, n) if modes are listed by max(k1, k2): a finer grid only adds."""
-    k1, k2 = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    shell = torch.maximum(k1, k2)
-    place = shell**2 + torch.where(k1 == shell, k2, shell + 1 + k1)
-    return (channels * place + torch.arange(channels)[:, None, None]).to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FNO U-Net: every layer is an operation on periodic functions, the same one on any grid.
-
-
-def group_norm(channels):
-    return nn.GroupNorm(math.gcd(8, channels), channels)
-
-
-def zero(layer):
-    """Start a residual branch at nothing, so that the network starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class TimeEmbedding(nn.Module):
-    """t (B,) -> (B, out): sines and cosines of 64 frequencies from 1 to 1/10000, then an MLP."""
-
-    def __init__(self, out):
-        super().__init__()
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(64) / 64), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(128, out), nn.SiLU(), nn.Linear(out, out), nn.SiLU())
-
-    def forward(self, t):
-        angle = t[:, None].float() * self.frequencies
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
-
-
-@functools.cache
-def fourier_matrix(n, modes, device):
-    """exp(-2 pi i k x) for k = -modes/2 .. modes/2 - 1 at the n pixel centres x, complex (modes, n)."""
-    k, x = torch.arange(-modes // 2, modes // 2), (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    return torch.exp(-2j * math.pi * k[:, None] * x).to(torch.complex64).to(device)
-
-
-@functools.cache
-def resize_matrix(size, n, device):
-    """(n, size): from values at `size` pixel centres to those at n, by the Fourier modes below half the smaller grid."""
-    k = torch.arange(1 - min(size, n) // 2, min(size, n) // 2, dtype=torch.float64)
-    x, y = ((torch.arange(m, dtype=torch.float64) + 0.5) / m for m in (size, n))
-    return torch.cos(2 * math.pi * k * (y[:, None, None] - x[:, None])).mean(-1).mul(len(k) / size).float().to(device)
-
-
-@torch.compiler.assume_constant_result  # else torch.compile makes them anew in each call
-def cached(make, *args):
-    return make(*args)
-
-
-def resize(x, n):
-    """Band-limited resampling (..., size, size) -> (..., n, n)."""
-    if x.shape[-1] == n:
-        return x
-    matrix = cached(resize_matrix, x.shape[-1], n, x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        return matrix @ x.float() @ matrix.T
-
-
-class SpectralConv(nn.Module):
-    """A convolution by its lowest Fourier modes, plus a 1x1 convolution for all, those above included."""
-
-    def __init__(self, in_channels, channels, modes, gain=1.0):
-        super().__init__()
-        self.modes, self.point = modes, nn.Conv2d(in_channels, channels, 1)
-        # Half of the variance through either path, where the input is smooth; a function's few modes hold most of it.
-        nn.init.normal_(self.point.weight, std=gain * (0.5 / in_channels) ** 0.5)
-        nn.init.zeros_(self.point.bias)
-        weight = torch.randn(modes * modes // 2, in_channels, channels, 2) * gain * (0.25 / in_channels) ** 0.5
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x):
-        n, f = x.shape[-1], cached(fourier_matrix, x.shape[-1], self.modes, x.device)
-        half = f[self.modes // 2 :]  # k2 >= 0; the image is real, so the others follow
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for a transform
-            h = x.float()
-            h = f @ torch.complex(h @ half.real.T, h @ half.imag.T) / n**2  # (B, in, modes, modes/2)
-            h = h.flatten(2).permute(2, 0, 1) @ torch.view_as_complex(self.weight)  # (modes * modes/2, B, out)
-            h = h.permute(1, 2, 0).unflatten(2, (self.modes, -1))
-            h = f.mH @ torch.cat([h[..., :1], 2 * h[..., 1:]], dim=-1)  # (B, out, n, modes/2)
-            h = h.real @ half.real + h.imag @ half.imag  # the real part of the product with half's conjugate
-        return self.point(x) + h
-
-
-class Block(nn.Module):
-    def __init__(self, in_channels, channels, emb_dim, modes):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), SpectralConv(in_channels, channels, modes)
-        self.scale_shift = nn.Linear(emb_dim, 2 * channels)
-        self.norm2, self.conv2 = group_norm(channels), SpectralConv(channels, channels, modes, gain=0.5)
-        self.skip = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
-
-    def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(F.silu(h))
-
-
-class Unet(nn.Module):
-    """z (B, C, n, n), t (B,), cond (B, C, m, m), cond_mask (B, 1, m, m) -> (B, C, n, n). n may differ from m."""
-
-    def __init__(self, channels, dim, dim_mults, num_blocks, modes, conditioning):
-        super().__init__()
-        dims, emb_dim = [dim * m for m in dim_mults], 2 * max(dim, 64)
-
-        def stage(level, in_channels):
-            widths = [in_channels] + [dims[level]] * (num_blocks - 1)
-            return nn.ModuleList(Block(width, dims[level], emb_dim, modes // 2**level) for width in widths)
-
-        self.sizes = [2 * modes // 2**level for level in range(len(dims))]  # grids of the lower levels, whatever n
-        self.time = TimeEmbedding(emb_dim)
-        self.encoder, features = nn.Identity(), channels + 1
-        if conditioning == "encoder":
-            conv = lambda i: nn.Conv2d(i, 32, 3, padding=1, padding_mode="circular")
-            layers = [layer for i in (channels + 1, 32, 32) for layer in (conv(i), group_norm(32), nn.SiLU())]
-            self.encoder, features = nn.Sequential(*layers), 32
-        self.lift = nn.Conv2d(channels + features + 4, dims[0], 1)
-        self.down, self.narrow, self.widen, self.up = (nn.ModuleList() for _ in range(4))
-        for level in range(len(dims) - 1):
-            self.down.append(stage(level, dims[level]))
-            self.widen.append(nn.Conv2d(dims[level], dims[level + 1], 1))
-            self.narrow.append(nn.Conv2d(dims[level + 1], dims[level], 1))
-            self.up.append(stage(level, 2 * dims[level]))
-        self.mid = stage(len(dims) - 1, dims[-1])
-        self.out = nn.Sequential(group_norm(dims[0]), nn.SiLU(), zero(nn.Conv2d(dims[0], channels, 1)))
-
-    def forward(self, z, t, cond, cond_mask):
-        emb, n = self.time(1000 * t), z.shape[-1]
-        features = resize(self.encoder(torch.cat([cond, cond_mask.to(cond.dtype)], dim=1)), n)
-        angle = 2 * math.pi * (torch.arange(n, device=z.device) + 0.5) / n
-        rows, columns = torch.meshgrid(angle, angle, indexing="ij")
-        place = torch.stack([rows.sin(), rows.cos(), columns.sin(), columns.cos()]).expand(len(z), -1, -1, -1)
-        x = self.lift(torch.cat([z, features, place], dim=1))
-        skips = []
-        for blocks, widen, size in zip(self.down, self.widen, self.sizes[1:], strict=True):
-            for block in blocks:
-                x = block(x, emb)
-            skips.append(x)
-            x = widen(resize(x, size))
-        for block in self.mid:
-            x = block(x, emb)
-        for blocks, narrow in zip(reversed(self.up), reversed(self.narrow), strict=True):
-            x = torch.cat([resize(narrow(x), skips[-1].shape[-1]), skips.pop()], dim=1)
-            for block in blocks:
-                x = block(x, emb)
-        return self.out(x)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks. Pixels are ranked by a random score; the first are observed (the context), the next are targets (the query). So both
-# counts are exact, the two are disjoint, and a pattern is a way to score. Scores come from counter-based random words, a
-# function of (mask seed, image) and nothing else: nothing is stored, and an image has the same masks in every epoch.
-
-
-def score_random(words, size, n):
-    return words
-
-
-def score_block(words, size, n):
-    """Square blocks: every pixel of one has the score of its first."""
-    side = max(size // 8, 2)
-    row, column = torch.meshgrid(*[torch.arange(size, device=words.device) // side] * 2, indexing="ij")
-    return words[:, (row * side * size + column * side).flatten()]
-
-
-def score_grid(words, size, n):
-    """Every p-th pixel of a row, p = 1 / fraction, each row shifted against the last; the phase is random."""
-    period = max(round(size * size / n), 2)
-    row, column = torch.meshgrid(*[torch.arange(size, device=words.device)] * 2, indexing="ij")
-    lattice = (column + row * round(0.382 * period)).flatten()  # golden-section shift: no columns
-    residue = (lattice + words[:, :1]) % period
-    # Residue 0 is seen. The order of the others turns from image to image, so that each gets its share of targets.
-    residue = torch.where(residue == 0, 0, 1 + (residue + words[:, 1:2]) % (period - 1))
-    return (residue << 32) + words  # within a residue, pixels go at random
-
-
-def score_walk(words, size, n):
-    """Four random walks, reflected at the border: a pixel's score is the time of the first visit."""
-    walkers = 4
-    walks = F.pad(words, (0, -words.shape[1] % walkers)).unflatten(1, (walkers, -1))
-    moves = ((walks[..., None] >> torch.tensor([0, 2, 4, 6], device=words.device)) & 3).flatten(2)  # four to a word
-    start = walks[:, :, None, :2] >> 8
-    step = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]], device=words.device)[moves]  # (B, walkers, time, 2)
-    place = (start + step.cumsum(2)) % (2 * size)
-    place = torch.minimum(place, 2 * size - 1 - place)
-    visited = (place[..., 0] * size + place[..., 1]).flatten(1)
-    time_of = torch.arange(moves.shape[2], device=words.device).expand_as(moves).flatten(1)
-    never = (1 << 32) + words  # pixels without a visit come last, at random
-    return never.scatter_reduce(1, visited, time_of, "amin")
-
-
-PATTERNS = {"random": score_random, "block": score_block, "grid": score_grid, "walk": score_walk}
-
-
-def mask_counts(args):
-    """Pixels of an image, and how many of them are seen and scored."""
-    n = (getattr(args, "train_size", None) or args.image_size) ** 2
-    n_cond = round(args.sparsity * n)
-    # At 0.3 and 0.7 both might be rounded up, one pixel too many.
-    return n, n_cond, min(round((args.target_sparsity or args.sparsity) * n), n - n_cond)
-
-
-def make_masks(index, args):
-    """Masks for images `index` (B,) int64: (cond_mask, target_mask), bool (B, 1, H, W), disjoint, exact in their counts."""
-    size, (n, n_cond, n_target) = args.image_size, mask_counts(args)
-    words = random_words((args.mask_seed << 32) + index, n, 0, MASK_KEYS)
-    score = PATTERNS[args.mask_pattern](words, size, n_cond)
-    order = (score * n + torch.arange(n, device=index.device)).argsort(dim=1)  # no ties: the same order everywhere
-    masks = torch.zeros(2, len(index), n, dtype=torch.bool, device=index.device)
-    masks[0].scatter_(1, order[:, :n_cond], True)
-    masks[1].scatter_(1, order[:, n_cond : n_cond + n_target], True)
-    return masks.view(2, -1, 1, size, size).unbind(0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Diffusion.
 
-TEST_INDEX = 1 << 31  # held-out images have masks of their own
 
-
-def q_sample(x_start, t, noise, args):
+def q_sample(x_start, t, noise, config):
     """z_t of the forward process. x_start, noise: (B, C, n, n); t: (B,) in [0, 1]."""
-    alpha, (_, sigma, _) = log_alpha(t, x_start.shape[-1], args).exp().float()[:, None], make_schedule(t, args)
+    alpha = log_alpha(t, x_start.shape[-1], config).exp().float()[:, None]
+    _, sigma, _ = make_schedule(t, config)
     return idct(alpha * dct(x_start)) + sigma.float()[:, None, None, None] * noise
 
 
-def predict(model, z_t, t, cond, cond_mask, args):
-    """The network on the noised function, the sparse image (0 where nothing is seen) and its mask."""
-    with torch.autocast(z_t.device.type, torch.bfloat16, enabled=args.use_amp):
+def predict(model, z_t, t, cond, cond_mask, config):
+    """The network on the noised function, the sparse image (0 where unseen) and its mask."""
+    with torch.autocast(z_t.device.type, torch.bfloat16, enabled=config.bfloat16):
         return model(z_t, t, cond, cond_mask)
 
 
-def training_loss(model, x_start, t, noise, cond_mask, target_mask, args):
-    """The loss of a batch. x_start: (B, C, H, W) in [-1, 1]; t: (B,) in [0, 1]; masks: bool (B, 1, H, W)."""
-    out = predict(model, q_sample(x_start, t, noise, args), t, x_start * cond_mask, cond_mask, args)
-    goal = {"eps": noise, "x0": x_start}[args.objective]
-    return masked_loss(out, goal, target_mask if args.loss_region == "query" else None, kind=args.loss)
+def training_loss(model, x_start, t, noise, masks, config):
+    """The loss of a batch (B, C, n, n) in [-1, 1]. t: (B,) in [0, 1]; masks: see make_masks."""
+    cond_mask, target_mask = masks
+    z_t = q_sample(x_start, t, noise, config)
+    out = predict(model, z_t, t, x_start * cond_mask, cond_mask, config)
+    goal = noise if config.objective == "eps" else x_start
+    where = target_mask if config.loss_region == "query" else None
+    return masked_loss(out, goal, where, kind=config.loss)
 
 
-@torch.no_grad()
-def sample(model, cond, cond_mask, seeds, args, watch=None, graphs=None):
-    """Reconstructions (B, C, n, n), n = args.grid_size, of sparse images cond (B, C, H, W), 0 outside cond_mask (B, 1, H, W).
+def make_sampler(model, channels, config):
+    """sample(seeds, cond, cond_mask): z (B, C, n, n) after each reverse step, n = image_size.
 
-    seeds: int64 (B,). An image depends on its own seed, pixels and mask alone. watch, graphs: see reverse_process.
+    seeds: int64 (B,). cond: (B, C, m, m) in [-1, 1], 0 outside cond_mask (B, 1, m, m). An image
+    depends on its own seed, pixels and mask alone.
     """
-    n, steps, device = args.grid_size, args.sample_steps, cond.device
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    log, sigma = log_alpha(times, n, args), make_schedule(times, args)[1][:, None, None]
-    alpha_ts, share = (log[:-1] - log[1:]).exp(), (sigma[1:] / sigma[:-1]) ** 2  # share: sigma_s^2 / sigma_t^2
-    fresh = 1 - alpha_ts**2 * share  # v / sigma_t^2
-    of_x = fresh * (log[1:] if args.objective == "x0" else log[1:] - log[:-1]).exp()  # eps leads to alpha_t x
-    of_x = of_x * ((log[:-1] > math.log(1e-3)) | (args.objective == "x0"))  # where alpha_t is nearly 0 that is but rounding
-    spread = (fresh * sigma[1:] ** 2).sqrt() * noise_scale(n, args.length_scale, "cpu")
-    spread[-1] = 0  # end on the mean
-    of_z, of_x, spread, sigma, times = (x.float().to(device) for x in (alpha_ts * share, of_x, spread, sigma, times))
+    n, steps = config.image_size, config.sample_steps
+    times, of_z, of_x, spread, sigma = sampling_table(n, config)
 
-    def reverse_step(z, step, cond, cond_mask, seeds):
-        out = predict(model, z, times[step].expand(len(z)), cond, cond_mask, args).float()
+    @graphed  # on a GPU one launch a step, network and all
+    def reverse_step(z, step, seeds, cond, cond_mask):
+        t = times[step].expand(len(z))
+        out = predict(model, z, t, cond, cond_mask, config).float()
         z = dct(z)
-        x = dct(out.clamp(-1, 1)) if args.objective == "x0" else z - sigma[step] * dct(out)
-        return idct(of_z[step] * z + of_x[step] * x + spread[step] * seeded_white(seeds, cond.shape[1], n, step + 1, steps))
+        if config.objective == "x0":
+            x = dct(out.clamp(-1, 1))
+        else:  # alpha_t x
+            x = z - sigma[step] * dct(out)
+        noise = spread[step] * white_noise(seeds, channels, n, step + 1, steps)
+        return idct(of_z[step] * z + of_x[step] * x + noise)
 
-    z = gp_noise(seeded_white(seeds, cond.shape[1], n, 0, steps), args)
-    z = reverse_process(reverse_step, z, steps, [cond, cond_mask, seeds], watch, graphs)
-    return torch.where(cond_mask, cond, z) if args.enforce_observed and n == cond.shape[-1] else z
+    @torch.no_grad()
+    def sample(seeds, cond, cond_mask):
+        z = gp_noise(white_noise(seeds, channels, n, 0, steps), config)
+        for step in range(steps):
+            z = reverse_step(z, step, seeds, cond, cond_mask)
+            if config.enforce_observed and step + 1 == steps and z.shape == cond.shape:
+                z = torch.where(cond_mask, cond, z)
+            yield z
+
+    return sample
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training.
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def load_checkpoint(path):
-    """A checkpoint of this script as a dict of tensors and plain types, on the CPU; else UserError."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such checkpoint") from error
-    except Exception as error:  # torch.load raises whatever the bytes made it stumble over
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
-    if script != SCRIPT:
-        raise UserError(f"{path}: a checkpoint of {script}.py, not of {SCRIPT}.py")
-    return checkpoint
-
-
-def load_weights(model, weights, args):
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        wrong = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the checkpoint does not fit --data {args.data} or this version of the network: {wrong}") from error
-
-
-def write(path, save):
-    """Write by save(temporary path), then move into place: whatever happens, path is the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error})") from error
-
-
-def to_device(images, device):
-    """uint8 [0, 255] -> float32 [-1, 1] on the device."""
-    return images.to(device).float() / 127.5 - 1
-
-
-def mix(*numbers):
-    """One 63-bit seed from several whole numbers. (torch's CPU generator heeds no more than 32 bits, so shifting won't do.)"""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list in which Ctrl-C and SIGTERM leave a mark instead of ending the program."""
-    caught = []
-    before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @torch.no_grad()
@@ -602,336 +260,137 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
+def learning_rate(step, config):
+    warm_up = min((step + 1) / 100, 1)
+    if config.lr_schedule == "constant":
+        return config.lr * warm_up
+    return config.lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+
+
+def masks_of(index, size, config):
+    """Fixed masks of images `index` (B,): of the context and of the query."""
+    return make_masks((config.mask_seed << 32) + index, 0, size, config)
+
+
 @torch.no_grad()
-def held_out_loss(model, images, args):
-    """The loss on fixed images (N, C, H, W) uint8 with fixed times, noise and masks, so that it compares between steps."""
-    index = torch.arange(len(images), device=images.device)
-    t = torch.linspace(0, 1, len(images), device=images.device)
-    noise = gp_noise(seeded_normal(index, images.shape[1:]), args)
-    return training_loss(model, to_device(images, args.device), t, noise, *make_masks(TEST_INDEX + index, args), args).item()
+def held_out_losses(model, held_out, config):
+    """On fixed images with fixed times, noise and masks: they compare between steps."""
+    losses = {}
+    for part, (images, _) in held_out.items():
+        index = torch.arange(len(images), device=images.device)
+        t = torch.linspace(0, 1, len(images), device=images.device)
+        noise = gp_noise(seeded_normal(index, images.shape[1:]), config)
+        masks = masks_of(TEST_INDEX + index, images.shape[-1], config)
+        loss = training_loss(model, to_float(images), t, noise, masks, config)
+        losses[f"{part}_loss"] = loss
+    return losses
 
 
-def train(args, model, ema, optimizer, images, held_out, state, stopped):
-    """Train model in place, up to args.steps; True when done, False when stopped by a signal, saved in either case.
+def train(run, model, ema, data, config):
+    """Train model in place, ema behind it."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    run.restore(model=model, ema=ema, optimizer=optimizer)
+    network = run.parallel(model)  # over all processes; model itself where there is one
 
-    images: uint8 (N, C, H, W) on the device; held_out: {"val": images, "test": images}; stopped: see stop_signals.
-    state: {"step", "history", "losses"}, where to go on from. Everything random in a step is a function of (seed, step), so a
-    resumed run is the uninterrupted one, and each process of several takes its share of the same batch.
-    """
-    out_dir, device, n, config = Path(args.out_dir), args.device, len(images), dict(vars(args))
-    batch_size = min(args.batch_size, n) // world() * world()
-    steps_an_epoch = max(n // batch_size, 1)
-    share = slice(rank() * batch_size // world(), (rank() + 1) * batch_size // world())
-    parallel = nn.parallel.DistributedDataParallel(model) if world() > 1 else model
-    network = torch.compile(parallel) if args.compile else parallel
-    history, epoch, stop = state["history"], -1, False
-    losses = list(torch.tensor(state["losses"], device=device))  # since the last entry of the history
-    progress = tqdm(total=args.steps, initial=state["step"], unit="step", desc="training", disable=rank() > 0)
+    for step in run.steps():
+        index, keys = run.batch(step, len(data.images))  # a key to all that is random of an image
+        x_start = to_float(data.images[index])
+        masks = masks_of(index, x_start.shape[-1], config)
+        start = seeded_uniform(run.step_key, TIMESTEP)
+        t = (start + run.places) % 1  # low discrepancy: evenly over the batch
+        noise = gp_noise(seeded_normal(keys, data.shape, TRAIN_NOISE), config)
+        if config.flip:
+            mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
+            x_start = torch.where(mirrored, x_start.flip(-1), x_start)
+            masks = [torch.where(mirrored, mask.flip(-1), mask) for mask in masks]
 
-    for step in range(state["step"], args.steps):
-        if step // steps_an_epoch != epoch:
-            epoch = step // steps_an_epoch
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(mix(args.seed, epoch, 1))).to(device)
-        torch.manual_seed(mix(args.seed, step, 0))
-        index = order[step % steps_an_epoch * batch_size :][:batch_size]
-        t = (torch.rand((), device=device) + torch.arange(batch_size, device=device) / batch_size) % 1  # low discrepancy
-        noise = gp_noise(torch.randn(batch_size, *images.shape[1:], device=device), args)
-        mirror = torch.rand(batch_size, device=device) < 0.5 * args.flip
-        index, t, noise, mirror = index[share], t[share], noise[share], mirror[share]
-        x_start = to_device(images[index], device)
-        x_start = torch.where(mirror[:, None, None, None], x_start.flip(-1), x_start)
-        cond_mask, target_mask = make_masks(index, args)
-
-        warm_up = min((step + 1) / 100, 1)
-        decay = 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.lr_schedule == "cosine" else 1
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm_up * decay
-        loss = training_loss(network, x_start, t, noise, cond_mask, target_mask, args)
-        optimizer.zero_grad(set_to_none=True)
+            group["lr"] = learning_rate(step, config)
+        loss = training_loss(network, x_start, t, noise, masks, config)
+        optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
-        update_ema(ema, model, step, args.ema_decay)
-        losses.append(loss.detach() + 0 * norm)  # a gradient that is not finite counts as a loss that is not
-        progress.update()
+        update_ema(ema, model, step, config.ema_decay)
+        run.log(loss, norm)
 
-        done, last = step + 1, step + 1 == args.steps
-        point, saving = done % args.log_every == 0 or last, done % args.save_every == 0 or last
-        if point or saving or (stopped if world() == 1 else done % 10 == 0):  # the only times the host waits for the device
-            report = torch.stack([*losses, torch.tensor(float(bool(stopped)), device=device)])
-            if world() > 1:
-                dist.all_reduce(report)
-            *losses, stops = (report / world()).tolist()
-            stop, mean = stops > 0, sum(losses) / len(losses)
-            saving = saving or stop
-            if not math.isfinite(mean):
-                kept = "the last good checkpoint is kept" if (out_dir / "last.pt").exists() else "there is no checkpoint yet"
-                raise UserError(f"the loss became {mean} by step {done}; {kept}. Try a smaller --lr, or --amp off")
-            if point:
-                history["steps"].append(done)
-                history["epochs"].append(done / steps_an_epoch)
-                history["train_loss"].append(mean)
-                for part, part_images in held_out.items():
-                    history[f"{part}_loss"].append(held_out_loss(ema, part_images, args))
-                losses = []
-                progress.set_postfix(loss=f"{mean:.4f}", val=f"{history['val_loss'][-1]:.4f}", refresh=False)
-            if saving and rank() == 0:
-                checkpoint = {"script": SCRIPT, "config": config, "step": done, "history": history, "losses": losses}
-                checkpoint |= {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-                write(out_dir / "last.pt", lambda path: torch.save(checkpoint, path))  # noqa: B023
-                write(out_dir / "history.json", lambda path: path.write_text(json.dumps(history)))
-            losses = list(torch.tensor(losses, device=device))
-        if stop:
-            break
-        if done % args.sample_every == 0 and not last:
-            draw_reconstructions(out_dir / f"step_{done:06d}.png", *reconstruct(ema, held_out["val"][:8], 2, args))
-    progress.close()
-    return not stop
+        if run.reports(step):  # with saving, the only time the host waits for the device
+            run.report(step, **held_out_losses(ema, data.held_out, config))
+        if run.saves(step):  # also when told to stop
+            run.save(step, model=model, ema=ema, optimizer=optimizer)
+        if run.draws(step):
+            found = reconstruct(run, ema, data.held_out["val"][0][:8], 2, config)
+            run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reconstruction, metrics, pictures.
+# --------------------------------------------------------------------------------------------------
 
 
-def reconstruct(model, images, num_draws, args, file=None):
-    """K draws for each test image, shared out over the processes: (truth, cond_mask, target_mask, draws) on the CPU.
+def reconstruct(run, model, images, num_draws, config, file=None):
+    """K draws for each test image, uint8 (N, C, m, m), as a dict, values in [0, 1], on the CPU.
 
-    images: uint8 (N, C, H, W). truth: (N, C, H, W) and draws: (K, N, C, n, n), float32 in [0, 1]; masks: bool (N, 1, H, W).
-    With a SampleFile for K N images, what that holds is not made again, and the draws stay in it, mapped into memory.
+    truth: (N, C, m, m); cond_mask, target_mask: bool (N, 1, m, m); draws: (K, N, C, n, n) with
+    n = config.image_size.
     """
-    n, device = len(images), args.device
-    truth, to_unit = to_device(images, device), lambda x: (x / 2 + 0.5).clamp(0, 1)
-    cond_mask, target_mask = make_masks(TEST_INDEX + torch.arange(n, device=device), args)
-    draws = torch.zeros(num_draws * n, images.shape[1], args.grid_size, args.grid_size, device=device) if file is None else file
-    batches, graphs = torch.arange(num_draws * n, device=device).split(args.batch_size), {}
-    mine = (batches if file is None else file.missing(batches))[rank() :: world()]
-    bar = tqdm(total=len(mine) * args.sample_steps, desc="sampling", unit="step", leave=False, disable=rank() > 0 or not file)
-    for jobs in mine:
-        i, draw = jobs % n, jobs // n
-        seeds, cond = (args.seed << 32) + (draw << 20) + i, truth[i] * cond_mask[i]
-        draws[jobs] = to_unit(sample(model, cond, cond_mask[i], seeds, args, lambda x_t: bar.update(), graphs))
-    bar.close()
-    if file is not None:
-        draws = torch.from_numpy(file.array()).movedim(-1, 1)
-    elif world() > 1:
-        dist.all_reduce(draws)  # each process left the others' share at zero
-    return to_unit(truth).cpu(), cond_mask.cpu(), target_mask.cpu(), draws.cpu().unflatten(0, (num_draws, n))
+    count, channels, size, truth = len(images), images.shape[1], config.image_size, to_float(images)
+    index = torch.arange(count, device=images.device)
+    cond_mask, target_mask = masks_of(TEST_INDEX + index, images.shape[-1], config)
+    sample = make_sampler(model, channels, config)
+    shape, depends_on = (channels, size, size), [*model.state_dict().values(), images]
+    samples = run.samples(num_draws * count, shape, torch.float32, file, depends_on, scratch=True)
+    for jobs in samples.missing():  # of the draws not there yet this process's, in batches
+        draw, i = jobs // count, jobs % count
+        seeds = run.seeds((draw << 20) + i)
+        for z in sample(seeds, truth[i] * cond_mask[i], cond_mask[i]):
+            samples.tick()
+        samples.put(jobs, to_unit(z))
+    draws = samples.gather().unflatten(0, (num_draws, count))
+    found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
+    return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 
 
-def gaussian_blur(x, sigma):
-    """x (N, C, H, W), zero outside the image, with a Gaussian of sigma pixels cut off at 3 sigma."""
-    radius = math.ceil(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, -1)
-    x = F.conv2d(x, kernel, padding=(0, radius), groups=x.shape[1])
-    return F.conv2d(x, kernel.transpose(-1, -2), padding=(radius, 0), groups=x.shape[1])
-
-
-def interpolate(truth, cond_mask, fraction):
-    """The baseline: each unseen pixel is a Gaussian-weighted mean of the seen ones (normalised convolution)."""
-    mask = cond_mask.float()
-    seen, weight, value = truth * mask, 0, 0
-    for sigma, share in [(0.5 / fraction**0.5, 1), (2 / fraction**0.5, 1e-4), (8 / fraction**0.5, 1e-8)]:  # where none is near
-        weight = weight + share * gaussian_blur(mask, sigma)
-        value = value + share * gaussian_blur(seen, sigma)
-    return torch.where(cond_mask, truth, value / weight.clamp(min=1e-30))
-
-
-def psnr(x, truth, where):
-    """Decibels over the pixels of `where` (N, 1, H, W), each image by itself, then the mean. Values in [0, 1]."""
-    where = where.expand_as(x)
-    mse = ((x - truth) ** 2 * where).sum((1, 2, 3)) / where.sum((1, 2, 3))
-    return (-10 * mse.clamp(min=1e-10).log10()).mean().item()
-
-
-def ssim(x, truth, where):
-    """Structural similarity (Wang et al. 2004; Gaussian window, sigma 1.5), the mean over the pixels of `where`."""
-    mean = lambda image: gaussian_blur(image, 1.5) / gaussian_blur(torch.ones_like(image), 1.5)
-    mx, my = mean(x), mean(truth)
-    vx, vy, cov = mean(x * x) - mx * mx, mean(truth * truth) - my * my, mean(x * truth) - mx * my
-    quality = (2 * mx * my + 0.01**2) * (2 * cov + 0.03**2) / ((mx * mx + my * my + 0.01**2) * (vx + vy + 0.03**2))
-    return quality[where.expand_as(x)].mean().item()
-
-
-def draw_reconstructions(path, truth, cond_mask, target_mask, draws):
-    """A sheet with one row an image: original, what was seen, target mask, one draw, mean of the draws, their spread."""
-    if rank() > 0:
-        return
-    rgb = lambda x: x.float().expand(-1, 3, -1, -1)
-    spread = draws.std(0, correction=0).mean(1, keepdim=True)  # (N, 1, H, W)
-    spread = torch.from_numpy(matplotlib.colormaps["magma"]((spread / spread.max().clamp(min=1e-6))[:, 0].numpy())[..., :3])
-    seen = torch.where(cond_mask, rgb(truth), torch.tensor([0.25, 0.3, 0.45]).view(1, 3, 1, 1))  # blue-grey: not seen
-    columns = {
-        "original": rgb(truth), f"seen ({cond_mask.float().mean():.0%})": seen, "target mask": rgb(target_mask),
-        "one draw": rgb(draws[0]), f"mean of {len(draws)}": rgb(draws.mean(0)), "spread": spread.permute(0, 3, 1, 2).float(),
-    }  # fmt: skip
-    draw_sheet(path, columns)
-
-
-def draw_sheet(path, columns):
-    """A PNG with one column of images for each entry: {heading: float (N, 3, H, W) in [0, 1]}."""
-    sheet = F.pad(torch.stack(list(columns.values())), (1, 1, 1, 1), value=1.0)  # (k, N, 3, H, W)
-    k, n, _, h, w = sheet.shape
-    figure = Figure(figsize=(1.5 * k, 1.5 * n * h / w + 0.4), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(sheet.permute(1, 3, 0, 4, 2).reshape(n * h, k * w, 3).numpy(), interpolation="nearest")
-    axis.set_xticks([(i + 0.5) * w for i in range(k)], list(columns))
-    axis.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False, left=False, labelleft=False)
-    axis.spines[:].set_visible(False)
-    write(path, lambda p: figure.savefig(p, dpi=110))
-
-
-def draw_resolutions(path, model, images, args):
+def draw_resolutions(run, model, images, config):
     """The same images, pixels and noise, reconstructed on three grids."""
-    n, columns = args.image_size, {}
-    for size in (n, n * 3 // 2, n * 2):
-        changed = argparse.Namespace(**vars(args) | {"grid_size": size, "enforce_observed": False})
-        truth, cond_mask, _, draws = reconstruct(model, images, 1, changed)
-        columns[f"at {size}x{size}"] = draws[0]
-    grey = torch.tensor([0.25, 0.3, 0.45]).view(1, 3, 1, 1)
-    columns = {"original": truth, "seen": torch.where(cond_mask, truth.expand(-1, 3, -1, -1), grey)} | columns
-    if rank() == 0:
-        draw_sheet(path, {name: F.interpolate(x.expand(-1, 3, -1, -1), size=6 * n) for name, x in columns.items()})
-
-
-def draw_losses(path, history):
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for name in HISTORY[2:]:
-        axis.plot(history["steps"], history[name], label=name)
-    axis.set(xlabel="step", ylabel="loss", yscale="log")
-    axis.legend()
-    write(path, lambda p: figure.savefig(p, dpi=110))
-
-
-def evaluate(model, images, args):
-    """Reconstruct test images, measure, and write metrics.json, reconstructions.npz, samples.npy and the final sheet."""
-    out_dir, start = Path(args.out_dir), time.time()
-    shape = (args.num_draws * len(images), images.shape[1], args.grid_size, args.grid_size)
-    file = SampleFile(out_dir / "draws.npy", shape, np.float32, vars(args), [*model.state_dict().values(), images])
-    truth, cond_mask, target_mask, draws = reconstruct(model, images, args.num_draws, args, file)
-    if rank() > 0:
-        return
-    seconds = time.time() - start
-    same_grid = F.interpolate(draws.flatten(0, 1), size=args.image_size, mode="bilinear", antialias=True)
-    same_grid = same_grid.unflatten(0, draws.shape[:2])  # of another grid, what is seen at the training one
-    results = {"draw": same_grid[0], "mean": same_grid.mean(0), "baseline": interpolate(truth, cond_mask, args.sparsity)}
-    metrics = {
-        f"{name}_{region}": {key: measure(x, truth, where) for key, x in results.items()}
-        for name, measure in [("psnr", psnr), ("ssim", ssim)]
-        for region, where in [("unseen", ~cond_mask), ("query", target_mask)]
-    }
-    metrics |= {"num_images": len(truth), "num_draws": args.num_draws, "sparsity": args.sparsity, "grid_size": args.grid_size}
-    arrays = {"truth": truth, "cond_mask": cond_mask, "target_mask": target_mask, "draws": draws}
-    write(out_dir / "reconstructions.npz", lambda path: np.savez(path, **{k: v.numpy() for k, v in arrays.items()}))
-    samples = (draws[0] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    write(out_dir / "samples.npy", lambda path: np.save(path, samples))
-    write(out_dir / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=1)))
-    file.part.unlink()  # now that all is elsewhere
-    draw_reconstructions(out_dir / "reconstructions.png", truth[:10], cond_mask[:10], target_mask[:10], same_grid[:, :10])
-    names = {"draw": "one draw", "mean": f"mean of {args.num_draws}", "baseline": "interpolation"}
-    for region in ("unseen", "query"):
-        print(f"{len(truth)} test images, {region} pixels only ({seconds:.0f} s):")
-        for key, name in names.items():
-            print(f"  {name:14} PSNR {metrics[f'psnr_{region}'][key]:5.2f} dB   SSIM {metrics[f'ssim_{region}'][key]:.3f}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run(args, checkpoint):
-    if dist.is_torchelastic_launched() and args.device == "cuda":  # by torchrun: one process a GPU, or several on a CPU
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device, out_dir = args.device, Path(args.out_dir)
-    args.grid_size, args.image_size = args.image_size, args.train_size or args.image_size  # masks and pixels as in training
-    args.train_size = args.image_size
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("highest")  # no TF32: the transforms are matrix products
-        torch.backends.cudnn.benchmark = True
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        if args.batch_size % world():
-            raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {world()} processes")
-
-    name = [choose_data(args.data, args.preset == "full", args.data_dir) if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(name)  # after the first process has downloaded it
-    args.data = name[0]
-    shuffled = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]  # folders come sorted by class
-    test = shuffled(load_images(args.data, args.data_dir, args.image_size, train=False)[0])
-    args.channels = test.shape[1]
-    if not args.sample:
-        images = shuffled(load_images(args.data, args.data_dir, args.image_size, train=True)[0])
-        val, images = images.split([max(len(images) // 10, 1), len(images) - max(len(images) // 10, 1)])
-        if len(images) < world():
-            raise UserError(f"--data {args.data}: {len(images)} training images are too few for {world()} processes")
-    shape = (args.channels, args.image_size, args.image_size)
-
-    torch.manual_seed(args.seed)
-    model = Unet(args.channels, args.dim, args.dim_mults, args.num_blocks, args.modes, args.conditioning)
-    model = model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    state = {"step": 0, "history": {k: [] for k in HISTORY}, "losses": []}
-    if checkpoint:
-        load_weights(model, checkpoint["model"], args)
-        load_weights(ema, checkpoint["ema"], args)
-        state = {key: checkpoint[key] for key in state}
-
-    # bfloat16 pays where the hardware multiplies it: a GPU since Ampere, a CPU with AMX. Else it is emulated, at 0.4 the speed.
-    cpu_features = getattr(torch.cpu, "get_capabilities", dict)()
-    native = cpu_features.get("amx_bf16", False) if device == "cpu" else False
-    if device.startswith("cuda"):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    args.use_amp = args.amp == "on" or (args.amp == "auto" and native)
-    if not args.sample:
-        args.steps, args.epochs = args.steps or args.epochs * max(len(images) // args.batch_size, 1), 0
-        args.log_every = args.log_every or max(args.steps // 40, 1)
-        args.sample_every = args.sample_every or max(args.steps // 5, 1)
-    if rank() == 0:
-        count = "" if args.sample else f"{len(images)} images of "
-        print(f"{SCRIPT}.py: preset {args.preset}, data {args.data} ({count}{'x'.join(map(str, shape))}), device {device}"
-              f"{' (bfloat16)' if args.use_amp else ''}")  # fmt: skip
-        print(f"extension: {fused_ddpm.status()}")
-        print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, output in {out_dir}/")
-
-    if not args.sample:
-        if rank() == 0:
-            for old in [*out_dir.glob("last.pt"), *out_dir.glob("step_*.png")] if not checkpoint else []:
-                old.unlink()  # --overwrite: none of these to be mistaken for the new run's
-            write(out_dir / "config.json", lambda path: path.write_text(json.dumps(vars(args), indent=1)))
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-        if checkpoint:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        held_out = {"val": val[:128].to(device), "test": test[:128].to(device)}
-        with stop_signals() as stopped:
-            finished = train(args, model, ema, optimizer, images.to(device), held_out, state, stopped)
-        if not finished:
-            raise UserError(f"stopped; the run is saved, go on with --resume --out-dir {out_dir}")
-        if rank() == 0:
-            draw_losses(out_dir / "loss.png", state["history"])
-    if args.compile:
-        ema.compile()
-    evaluate(ema, test[: args.num_samples], args)
-    draw_resolutions(out_dir / "resolutions.png", ema, test[:6], args)
-    if rank() == 0:
-        print(f"pictures, metrics.json and reconstructions.npz are in {out_dir}/")
+    m, columns = images.shape[-1], {}
+    for n in (m, m * 3 // 2, m * 2):
+        changed = replace(config, image_size=n, enforce_observed=False)
+        found = reconstruct(run, model, images, 1, changed)
+        columns[f"at {n}x{n}"] = found["draws"][0]
+    seen = show_seen(found["truth"], found["cond_mask"])
+    columns = {"original": found["truth"], "seen": seen} | columns
+    return draw_sheet({name: F.interpolate(x, size=6 * m) for name, x in columns.items()})
 
 
 def main(argv=None):
-    try:
-        run(*get_config(argv))
-    except (UserError, DataError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}" if rank() == 0 or isinstance(error, DataError) else 1)
-    except KeyboardInterrupt:  # in training it is caught, and the run saved
-        sys.exit(f"{SCRIPT}.py: interrupted")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with Run(Config, argv, tf32=False) as run:  # the transforms are matrix products
+        config = run.config
+        data = Data(config, run.facts)
+        torch.manual_seed(config.seed)  # of the first weights
+        model = FnoUnet(data.shape[0], config).to(config.device)
+        if config.compile:
+            prepare_to_compile()
+        ema = copy.deepcopy(model).requires_grad_(False).eval()
+        run.introduce(model, data)
+
+        if config.sample:
+            run.restore(ema=ema)
+        else:
+            train(run, model, ema, data, config)
+            run.write("loss.png", draw_losses(run.history))
+
+        if config.compile:
+            ema.compile()
+        images = data.test[: config.num_samples]
+        found = reconstruct(run, ema, images, config.num_draws, config, file="draws.npy")
+        at_m = resize(found["draws"], data.shape[-1])  # of another grid, what both can hold
+        metrics = evaluate(found | {"draws": at_m}, config.sparsity)
+        run.write("metrics.json", metrics)
+        run.write("reconstructions.npz", found)
+        run.write("samples.npy", as_file(found["draws"][0]))
+        run.write("reconstructions.png", draw_reconstructions(found | {"draws": at_m}))
+        run.write("resolutions.png", draw_resolutions(run, ema, data.test[:6], config))
+        run.say(table(metrics) + "\n" + table(metrics, "query"))
+        run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
 
 
 if __name__ == "__main__":

@@ -1,111 +1,111 @@
-"""Toy diffusion: a network that removes noise, applied a few times, makes images out of nothing but noise.
+"""Toy diffusion: a network that removes noise, applied a few times, makes images out of noise.
 
-The page to read before ddpm.py: no schedule of variances, no time input, no derivation. An image x is spoilt by an amount a
-between 0 and 1, drawn at random for each,
+The page to read before ddpm.py: no schedule of variances, no time input, no derivation. An image x
+is spoilt by an amount a between 0 and 1, drawn at random for each,
 
     x_a = (1 - a) x + a noise,        noise ~ N(0, 1)
 
-and a U-Net f learns to give back x itself, by least squares. It is not told a: it has to see for itself how bad things are.
-Asked about pure noise it can only answer with an average of all images. But a little of that answer among the noise is a hint
-to go on from, so sampling goes in n steps, down the amounts 1, 1 - 1/n, ..., 1/n to 0. Two ways to take the i-th, from 0:
+and a U-Net f learns to give back x itself, by least squares. It is not told a: it has to see for
+itself how bad things are. Asked about pure noise it can only answer with an average of all images.
+But a little of that answer among the noise is a hint to go on from, so sampling goes in n steps,
+down the amounts 1, 1 - 1/n, ..., 1/n to 0. Two ways to take the i-th, from 0:
 
-    move      x <- x + (f(x) - x) / (n - i)                                the rest of the way is n - i steps long
-    renoise   x <- (1 - a) f(x) + a noise,   a = 1 - (i + 1) / n           the answer, spoilt again, a little less
+    move      x <- x + (f(x) - x) / (n - i)                  the rest of the way is n - i steps long
+    renoise   x <- (1 - a) f(x) + a noise, a = 1 - (i+1)/n   the answer, spoilt again, a little less
 
-Moving keeps the noise it began with. In many small steps it follows a flow that leads from noise to the data (Liu et al.
-2022, rectified flow); in five it takes averages for images, which come out smoother than the data, and what was mistaken for
-texture early on stays. Fresh noise lets later steps mend earlier ones, so garments come out clean even from a small network;
-but it goes on from averages however many steps there are. How much to move, how much noise to add and how to tell the network
-where it stands, so that samples have the statistics of the data, is what ddpm.py is about.
+Moving keeps the noise it began with. In many small steps it follows a flow from noise to the data
+(Liu et al. 2022, rectified flow); in five it takes averages for images, which come out smoother,
+and what was mistaken for texture early on stays. Fresh noise lets later steps mend earlier ones:
+clean garments even from a small network, but on from averages however many steps there are. How
+much to move, how much noise to add and how to tell the network where it stands, so that samples
+have the statistics of the data, is what ddpm.py is about.
 
     python toy_diffusion.py                              # train and sample, into out/toy_diffusion/
     python toy_diffusion.py --sampler move --sample-steps 5 --out-dir out/toy_moving
     python toy_diffusion.py --data path/to/photos --steps 10000
 
-Measured: the first command, on Fashion-MNIST, takes 2 min 40 s on two cores of a 2.6 GHz Xeon (torch 2.14.1).
+Measured: the first command, on Fashion-MNIST, takes 2 min 40 s on two cores of a 2.6 GHz Xeon.
 """
 
-import argparse
-import json
 import math
+import os
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from images import DataError, choose_data, load_images
+from fused_ddpm.config import flag, make_parser
+from fused_ddpm.files import UserError, write
+from fused_ddpm.images import as_file, choose_data, load_images, to_bytes, to_float, to_unit
+from fused_ddpm.pictures import draw_grid, draw_losses
 
-SCRIPT = Path(__file__).stem
+# --------------------------------------------------------------------------------------------------
+# Config: a field is a flag.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config.
+
+@dataclass
+class Settings:
+    data: str = flag("auto", "fashion_mnist, mnist, cifar10, shapes, or a folder of images")
+    data_dir: str = flag("data", "where downloaded data sets are kept")
+    image_size: int = flag(32, "side in pixels", within="[4, 2147483647]")
+    widths: list[int] = flag([16, 64, 128, 192], "channels at full size, half, a quarter, ...")
+    steps: int = flag(2400, "optimizer steps")
+    batch_size: int = flag(32, "images a step")
+    lr: float = flag(2e-3, "peak learning rate of Adam", within="(0, 1]")
+    sampler: str = flag("renoise", "see above", ["move", "renoise"])
+    sample_steps: int = flag(20, "n, network calls for an image")
+    num_samples: int = flag(64, "images to generate")
+    seed: int = flag(0, "of everything random", within="[0, 2147483647]")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cuda, cpu, ...")
+    out_dir: str = flag("out/toy_diffusion", "where everything is written")
+    overwrite: bool = flag(False, "replace the run in out-dir")
 
 
 def get_config(argv):
-    """Command line -> namespace. Flags that do not fit exit with status 2."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(f"{SCRIPT}.py", "%(prog)s [flags]", __doc__.split("\n")[0], formatter_class=formatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="auto", help="fashion_mnist, mnist, cifar10, shapes, or a folder of images")
-    data.add_argument("--data-dir", default="data", help="where downloaded data sets are kept")
-    data.add_argument("--image-size", type=int, default=32, help="side in pixels")
-    training = parser.add_argument_group("model and training")
-    training.add_argument("--widths", type=int, nargs="+", default=[16, 64, 128, 192], help="channels at full size, half...")
-    training.add_argument("--steps", type=int, default=2400, help="optimizer steps")
-    training.add_argument("--batch-size", type=int, default=32, help="images a step")
-    training.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of Adam")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sampler", choices=["move", "renoise"], default="renoise", help="see above")
-    sampling.add_argument("--sample-steps", type=int, default=20, help="n, network calls for an image")
-    sampling.add_argument("--num-samples", type=int, default=64, help="images to generate")
-    run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="of everything random")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, ...")
-    run.add_argument("--out-dir", default=f"out/{SCRIPT}", help="where everything is written")
-    run.add_argument("--overwrite", action="store_true", help="replace the run in out-dir")
-    args = parser.parse_args(argv)
-    for name in ("steps", "batch_size", "lr", "sample_steps", "num_samples"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be positive")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed}: must lie in [0, 2^63)")
-    if min(args.widths) < 1:
-        parser.error(f"--widths {args.widths}: must be positive")
-    factor = 2 ** (len(args.widths) - 1)
-    if args.image_size < 4 or args.image_size % factor:
-        parser.error(f"--image-size {args.image_size}: with {len(args.widths)} widths, a multiple of {factor}")
+    """Command line -> Settings. Flags that do not fit exit with status 2."""
+    parser = make_parser(Settings, "toy_diffusion", __doc__.split("\n")[0])
+    config = Settings(**vars(parser.parse_args(argv)))
+    n, factor = len(config.widths), 2 ** (len(config.widths) - 1)
+    if not n or config.image_size % factor:
+        parser.error(f"--image-size {config.image_size}: with {n} widths, a multiple of {factor}")
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
-    if not args.overwrite and Path(args.out_dir, "last.pt").exists():
-        parser.error(f"--out-dir {args.out_dir}: holds a run already; --overwrite replaces it")
-    return args
+        parser.error(f"--device {config.device}: {str(error).splitlines()[0]}")
+    if not config.overwrite and Path(config.out_dir, "last.pt").exists():
+        parser.error(f"--out-dir {config.out_dir}: holds a run already; --overwrite replaces it")
+    return config
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# U-Net: two convolutions a level; on the way up each level adds what it saw on the way down. Resampling has no parameters.
+# --------------------------------------------------------------------------------------------------
+# U-Net: two convolutions a level; on the way up each level adds what it saw on the way down.
+# Resampling has no parameters.
 
 
 def convs(in_channels, channels):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=1), nn.GroupNorm(1, channels), nn.SiLU(),
-        nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(1, channels), nn.SiLU(),
-    )  # fmt: skip
+    layers = []
+    for width in (in_channels, channels):
+        conv = nn.Conv2d(width, channels, 3, padding=1)
+        layers += [conv, nn.GroupNorm(1, channels), nn.SiLU()]
+    return nn.Sequential(*layers)
 
 
 class Unet(nn.Module):
-    """A spoilt image (B, C, H, W) -> the clean one, as far as it can be told. Each width but the last halves H and W."""
+    """A spoilt image (B, C, H, W) -> the clean one, as far as it can be told.
+
+    Each width but the last halves H and W.
+    """
 
     def __init__(self, channels, widths):
         super().__init__()
-        self.down = nn.ModuleList(convs(i, o) for i, o in zip([channels, *widths], widths, strict=False))
-        self.up = nn.ModuleList(convs(i, o) for i, o in zip(widths[::-1], [*widths[-2::-1], widths[0]], strict=True))
+        down = zip([channels, *widths[:-1]], widths, strict=True)
+        up = zip(widths[::-1], [*widths[-2::-1], widths[0]], strict=True)
+        self.down = nn.ModuleList(convs(i, o) for i, o in down)
+        self.up = nn.ModuleList(convs(i, o) for i, o in up)
         self.out = nn.Conv2d(widths[0], channels, 3, padding=1)
 
     def forward(self, x):
@@ -119,7 +119,7 @@ class Unet(nn.Module):
         return self.out(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Diffusion.
 
 
@@ -135,7 +135,7 @@ def training_loss(model, x, noise, amount):
 
 @torch.no_grad()
 def sample(model, noise, sampler, n):
-    """Images (B, C, H, W) in [-1, 1] in n steps from noise; also the lists of what each step saw and predicted."""
+    """Images (B, C, H, W) in [-1, 1] in n steps from noise; what each step saw, and predicted."""
     x, seen, predicted = noise, [], []
     for i in range(n):
         prediction = model(x).clamp(-1, 1)
@@ -144,134 +144,116 @@ def sample(model, noise, sampler, n):
         if sampler == "move":
             x = x + (prediction - x) / (n - i)
         else:
-            x = corrupt(prediction, torch.randn_like(x), torch.full((len(x),), 1 - (i + 1) / n, device=x.device))
+            amount = torch.full((len(x),), 1 - (i + 1) / n, device=x.device)
+            x = corrupt(prediction, torch.randn_like(x), amount)
     return x, seen, predicted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training.
 
 
-def scaled(images):
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def train(args, model, images, held_out):
-    """Train model in place, on images, held_out: uint8 (N, C, H, W). Returns {"steps", "train_loss", "test_loss"}, lists."""
-    device, history = args.device, {"steps": [], "train_loss": [], "test_loss": []}
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    x_test = scaled(held_out)
-    noise_test, amount_test = torch.randn_like(x_test), torch.linspace(0, 1, len(x_test), device=device)  # always the same
+def train(config, model, images, held_out):
+    """Train model in place, on images, held_out: uint8 (N, C, H, W). Returns the history."""
+    device, history = config.device, {"steps": [], "train_loss": [], "test_loss": []}
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    x_test = to_float(held_out)
+    noise_test = torch.randn_like(x_test)  # always the same
+    amount_test = torch.linspace(0, 1, len(x_test), device=device)
     total, last = torch.zeros((), device=device), 0
-    progress = tqdm(range(1, args.steps + 1), desc="training", unit="step")
+    progress = tqdm(range(1, config.steps + 1), desc="training", unit="step")
     for step in progress:
-        x = scaled(images[torch.randint(len(images), (args.batch_size,), device=device)])
-        loss = training_loss(model, x, torch.randn_like(x), torch.rand(len(x), device=device))
+        index = torch.randint(len(images), (config.batch_size,), device=device)
+        x, amount = to_float(images[index]), torch.rand(len(index), device=device)
+        loss = training_loss(model, x, torch.randn_like(x), amount)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         total += loss.detach()
-        if step % 50 == 0 or step == args.steps:  # the only times the host waits for the device
+        if step % 50 == 0 or step == config.steps:  # the only times the host waits for the device
             with torch.no_grad():
                 test_loss = training_loss(model, x_test, noise_test, amount_test).item()
-            for key, value in zip(history, (step, total.item() / (step - last), test_loss), strict=True):
+            train_loss = total.item() / (step - last)
+            for key, value in zip(history, (step, train_loss, test_loss), strict=True):
                 history[key].append(value)
             total, last = torch.zeros_like(total), step
-            progress.set_postfix(train=f"{history['train_loss'][-1]:.4f}", test=f"{test_loss:.4f}", refresh=False)
-            if not math.isfinite(history["train_loss"][-1]):
-                sys.exit(f"{SCRIPT}.py: error: the loss is not finite by step {step}; try a smaller --lr")
+            progress.set_postfix(train=f"{train_loss:.4f}", test=f"{test_loss:.4f}", refresh=False)
+            if not math.isfinite(train_loss):
+                cure = "try a smaller --lr"
+                raise UserError(f"the loss is not finite by step {step}; {cure}")
     return history
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures.
+# --------------------------------------------------------------------------------------------------
 
 
-def draw_grid(path, rows, labels=None):
-    """A PNG with one row of images for each tensor (B, C, H, W) in rows, values in [-1, 1]."""
-    rows = [F.pad(row.cpu().expand(-1, 3, -1, -1), (1, 1, 1, 1), value=1.0) for row in rows]
-    sheet = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1.0)  # the last row may be a short one
-    n, k, _, h, w = sheet.shape
-    sheet = (sheet.clamp(-1, 1) / 2 + 0.5).permute(0, 3, 1, 4, 2).reshape(n * h, k * w, 3)
-    figure = Figure(figsize=(0.9 * k + 1.2 * bool(labels), 0.9 * n), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(sheet.numpy(), interpolation="nearest")
-    axis.set_yticks([(i + 0.5) * h for i in range(n)] if labels else [], labels)
-    axis.set_xticks([])
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=110)
-
-
-def draw_pictures(model, images, args):
-    """The three pictures: corruption at rising amounts, inputs beside predictions, five steps of `move`."""
-    out_dir = Path(args.out_dir)
-    x = scaled(images[:8])
+@torch.no_grad()
+def draw_pictures(model, images, out_dir):
+    """The three pictures: corruption at rising amounts, inputs beside predictions, five steps."""
+    x = to_float(images[:8])
     noise = torch.randn_like(x)
-    amounts = torch.linspace(0, 1, 6, device=args.device)
-    spoilt = [corrupt(x, noise, a.expand(len(x))) for a in amounts]
-    labels = [f"a = {a:.1f}" for a in amounts]
-    draw_grid(out_dir / "corruption.png", spoilt, labels)
-    with torch.no_grad():
-        rows = [row for x_a in spoilt[1:] for row in (x_a, model(x_a))]
-    labels = [name for label in labels[1:] for name in (label, "predicted")]
-    draw_grid(out_dir / "predictions.png", [x, *rows], ["original", *labels])
+    amounts = torch.linspace(0, 1, 6, device=x.device)
+    spoilt = {f"a = {a:.1f}": corrupt(x, noise, a.expand(len(x))) for a in amounts}
+    draw(out_dir / "corruption.png", spoilt)
+    rows = {"original": x}
+    for label, x_a in list(spoilt.items())[1:]:
+        rows |= {label: x_a, f"predicted at {label[4:]}": model(x_a)}
+    draw(out_dir / "predictions.png", rows)
     last, seen, predicted = sample(model, noise, "move", 5)
-    rows = [row for pair in zip(seen, predicted, strict=True) for row in pair]
-    labels = [name for i in range(5) for name in (f"step {i + 1}", "predicted")]
-    draw_grid(out_dir / "steps.png", [*rows, last], [*labels, "sample"])
+    rows = {}
+    for i, (x, prediction) in enumerate(zip(seen, predicted, strict=True), 1):
+        rows |= {f"step {i}": x, f"predicted in {i}": prediction}
+    draw(out_dir / "steps.png", rows | {"sample": last})
 
 
-def draw_losses(path, history):
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(history["steps"], history["train_loss"], label="train")
-    axis.plot(history["steps"], history["test_loss"], label="test")
-    axis.set(xlabel="step", ylabel="mean squared error", yscale="log")
-    axis.legend()
-    figure.savefig(path, dpi=110)
+def draw(path, rows):
+    """A picture with a row of images for each entry of {label: (B, C, H, W) in [-1, 1]}."""
+    images = to_bytes(torch.cat(list(rows.values())))
+    write(path, draw_grid(images, len(images) // len(rows), list(rows)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run(args):
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    args.data = choose_data(args.data, False, args.data_dir)
-    images = load_images(args.data, args.data_dir, args.image_size, train=True)[0]
-    test = load_images(args.data, args.data_dir, args.image_size, train=False)[0]
+def run(config):
+    out_dir = Path(config.out_dir)
+    torch.manual_seed(config.seed)
+    config.data = choose_data(config.data, False, config.data_dir)
+    images, _ = load_images(config.data, config.data_dir, config.image_size, train=True)
+    test, _ = load_images(config.data, config.data_dir, config.image_size, train=False)
     test = test[torch.randperm(len(test))]  # folders come sorted by class
-    images, test = images.to(args.device), test.to(args.device)  # they are few enough to stay there
-    model = Unet(images.shape[1], args.widths).to(args.device, memory_format=torch.channels_last)
+    images, test = images.to(config.device), test.to(config.device)
+    model = Unet(images.shape[1], config.widths)
+    model = model.to(config.device, memory_format=torch.channels_last)
     size = "x".join(map(str, images.shape[1:]))
-    print(f"{SCRIPT}.py: data {args.data} ({len(images)} images of {size}), device {args.device}")
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, output in {out_dir}/")
+    count = sum(p.numel() for p in model.parameters())
+    data = f"data {config.data} ({len(images)} images of {size})"
+    print(f"toy_diffusion.py: {data}, device {config.device}")
+    print(f"{count / 1e6:.2f}M parameters, output in {out_dir}/")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(out_dir, os.W_OK):
+        raise UserError(f"--out-dir {out_dir}: cannot be written")
 
-    history = train(args, model, images, test[:256])
-    torch.save({"script": SCRIPT, "config": vars(args), "model": model.state_dict()}, out_dir / "last.pt")
-    (out_dir / "history.json").write_text(json.dumps(history))
-    draw_losses(out_dir / "loss.png", history)
-    draw_pictures(model, test, args)
-    noise = torch.randn(args.num_samples, *images.shape[1:], device=args.device)
-    samples = torch.cat([sample(model, part, args.sampler, args.sample_steps)[0] for part in noise.split(256)]).cpu()
-    draw_grid(out_dir / "samples.png", samples[:64].split(8))
-    pixels = (samples * 127.5 + 127.5).round().clamp(0, 255).byte()
-    np.save(out_dir / "samples.npy", pixels.permute(0, 2, 3, 1).numpy())
-    print(f"test loss {history['test_loss'][-1]:.4f}; pictures and samples.npy ({len(samples)} images) are in {out_dir}/")
+    history = train(config, model, images, test[:256])
+    about = {"script": "toy_diffusion", "config": asdict(config)}
+    write(out_dir / "last.pt", about | {"model": model.state_dict()})
+    write(out_dir / "history.json", history)
+    write(out_dir / "loss.png", draw_losses(history))
+    draw_pictures(model, test, out_dir)
+    noise = torch.randn(config.num_samples, *images.shape[1:], device=config.device)
+    parts = [sample(model, x, config.sampler, config.sample_steps)[0] for x in noise.split(256)]
+    samples = torch.cat(parts).cpu()
+    write(out_dir / "samples.png", draw_grid(to_bytes(samples[:64])))
+    write(out_dir / "samples.npy", as_file(to_unit(samples)))
+    print(f"test loss {history['test_loss'][-1]:.4f}; pictures and samples.npy are in {out_dir}/")
 
 
 def main(argv=None):
     try:
         run(get_config(argv))
-    except (DataError, OSError) as error:
-        sys.exit(f"{SCRIPT}.py: error: {error}")
+    except (UserError, OSError) as error:
+        sys.exit(f"toy_diffusion.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{SCRIPT}.py: interrupted, nothing is saved")
+        sys.exit("toy_diffusion.py: interrupted, nothing is saved")
 
 
 if __name__ == "__main__":

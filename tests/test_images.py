@@ -1,12 +1,26 @@
-"""Data sets: the ones that need no network, folders good and bad, and what is said when something is missing."""
+"""Data sets: those that need no network, folders good and bad, what is said of missing ones."""
 
 import numpy as np
 import pytest
 import torch
+from helpers import make_config
 from PIL import Image
 
-import images
-from images import DataError, choose_data, load_images
+import cfg_ddpm
+import ddpm
+from fused_ddpm import images, shapes
+from fused_ddpm.files import UserError
+from fused_ddpm.images import (
+    Data,
+    DataError,
+    as_file,
+    choose_data,
+    class_numbers,
+    load_images,
+    to_bytes,
+    to_float,
+    to_unit,
+)
 
 
 def save_image(path, array):
@@ -28,11 +42,12 @@ def test_shape_distances_have_the_right_sign_and_slope():
     axis = torch.linspace(-1.5, 1.5, 301)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     areas = {}
-    for name in images.SHAPES:
-        d = images.shape_distance(name, x, y)
+    for name in shapes.NAMES:
+        d = shapes.shape_distance(name, x, y)
         areas[name] = (d < 0).double().mean().item() * 9
         slope = torch.hypot(*torch.gradient(d, spacing=0.01))
-        assert slope.quantile(0.99) < 1.05, name  # never steeper than a distance, so that edges are soft, not jagged
+        # Never steeper than a distance, so that edges are soft, not jagged.
+        assert slope.quantile(0.99) < 1.05, name
     assert areas["circle"] == pytest.approx(np.pi * 0.81, rel=0.02)
     assert areas["square"] == pytest.approx(2, rel=0.02)
     assert areas["triangle"] == pytest.approx(1.299, rel=0.02)
@@ -125,7 +140,8 @@ def images_at_two_levels(folder):
 def test_bad_folders(tmp_path, prepare, message):
     prepare(tmp_path)
     with pytest.raises(DataError, match=message):
-        load_images(str(tmp_path), image_size=8, train=True), load_images(str(tmp_path), image_size=8, train=False)
+        for train in (True, False):
+            load_images(str(tmp_path), image_size=8, train=train)
 
 
 def test_unknown_name():
@@ -142,11 +158,14 @@ def test_offline_auto_falls_back_and_a_named_set_fails(tmp_path, monkeypatch, ca
     assert choose_data("auto", full=False, data_dir=tmp_path) == "shapes"
     assert capsys.readouterr().out.count("\n") == 1
     assert choose_data("mnist", full=False, data_dir=tmp_path) == "mnist"
-    with pytest.raises(DataError, match=r"mnist is not in .* and cannot be downloaded .*no network.*; put it there"):
+    said = r"mnist is not in .* and cannot be downloaded .*no network.*; put it there"
+    with pytest.raises(DataError, match=said):
         load_images("mnist", tmp_path)
 
 
-@pytest.mark.skipif(not images.DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(
+    not images.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist"
+)
 def test_debian_fashion_mnist():
     train, labels = load_images("fashion_mnist", train=True)
     assert train.shape == (60000, 1, 32, 32) and labels.bincount().tolist() == [6000] * 10
@@ -156,8 +175,9 @@ def test_debian_fashion_mnist():
 
 
 def test_class_names(tmp_path):
-    assert images.class_names("shapes") == images.SHAPES
-    assert images.class_names("fashion_mnist")[9] == "ankle boot" and len(images.class_names("cifar10")) == 10
+    assert images.class_names("shapes") == shapes.NAMES
+    assert images.class_names("fashion_mnist")[9] == "ankle boot"
+    assert len(images.class_names("cifar10")) == 10
     for name, count in [("b dogs", 3), ("a cats", 2), ("empty", 0)]:
         (tmp_path / name).mkdir()
         for i in range(count):
@@ -168,52 +188,113 @@ def test_class_names(tmp_path):
     assert images.class_names(str(tmp_path / "b dogs")) == []
 
 
-# -- samples on their way to disk ---------------------------------------------------------------------------------------
+# -- numbers and classes ---------------------------------------------------------------------------
 
 
-def open_samples(tmp_path, n=10, dtype=np.uint8, settings=None, tensors=()):
-    return images.SampleFile(tmp_path / "new" / "samples.npy", (n, 3, 4, 5), dtype, settings or {"seed": 0}, tensors)
+def test_bytes_to_numbers_and_back():
+    every = torch.arange(256, dtype=torch.uint8)
+    x = to_float(every)
+    assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert torch.equal(to_bytes(x), every)
+    assert to_bytes(torch.tensor([-1.5, 1.5, 0.4 / 127.5])).tolist() == [0, 255, 128]
+    torch.testing.assert_close(to_unit(x), every / 255)
+    assert to_unit(torch.tensor([-1.5, 1.5])).tolist() == [0, 1]
+    pictures = every.view(2, 1, 8, 16).expand(-1, 3, -1, -1)
+    saved = as_file(to_unit(to_float(pictures)))
+    assert saved.dtype == np.uint8 and np.array_equal(saved, pictures.movedim(1, -1).numpy())
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_sample_file_is_what_numpy_saves(tmp_path, dtype):
-    x = torch.rand(10, 3, 4, 5) * 255
-    x = x.byte() if dtype == np.uint8 else x
-    file = open_samples(tmp_path, dtype=dtype)
-    for index in torch.randperm(10, generator=torch.Generator().manual_seed(0)).split(4):
-        file[index] = x[index]
-    assert not (tmp_path / "new/samples.npy").exists()
-    mapped = file.finish()
-    np.save(tmp_path / "expected.npy", x.permute(0, 2, 3, 1).numpy())
-    assert (tmp_path / "new/samples.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
-    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, x.permute(0, 2, 3, 1).numpy())
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.npy"]
+COLOURS = ["red", "green", "blue", "T-shirt"]
 
 
-def test_sample_file_goes_on_only_with_the_same(tmp_path, capsys):
-    weights, batches = [torch.randn(3), torch.tensor(True), torch.tensor(2.0)], torch.arange(10).split(4)
-    file = open_samples(tmp_path, tensors=weights)
-    file[batches[1]] = torch.full((4, 3, 4, 5), 7, dtype=torch.uint8)
-    again = open_samples(tmp_path, settings={"seed": 0, "out_dir": "elsewhere", "batch_size": 3}, tensors=weights)
-    assert [index[0].item() for index in again.missing(batches)] == [0, 8]
-    assert "samples.npy: 4 of 10 are there from an earlier run" in capsys.readouterr().out
-    assert [index[0].item() for index in again.missing(torch.arange(10).split(3))] == [0, 3, 6, 9]  # 3 lacks a part
-    with pytest.raises(images.DataError, match="some are missing"):
-        again.finish()
-    for change in (dict(settings={"seed": 1}), dict(tensors=[weights[0] + 1, *weights[1:]]), dict(n=9), dict(dtype=np.float32)):
-        other = open_samples(tmp_path, **dict(tensors=weights) | change)
-        assert not other.done.any() and len(other.done) == change.get("n", 10)
-        file = open_samples(tmp_path, tensors=weights)
-        assert not file.done.any()  # nothing of another remains
-        file[batches[0]] = torch.zeros(4, 3, 4, 5, dtype=torch.uint8)
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (None, [0, 1, 2, 3]),
+        ("2", [2]),
+        ("3,0", [3, 0]),
+        ("Green, t-shirt,0", [1, 3, 0]),
+        ("blue,blue,red", [2, 2, 0]),
+    ],
+)
+def test_classes_by_name_or_number(text, expected):
+    assert class_numbers(text, COLOURS) == expected
 
 
-def test_sample_file_on_a_full_disk(tmp_path):
-    file = open_samples(tmp_path)
-    file.file.close()
-    file.file = open("/dev/full", "r+b", buffering=0)
-    with pytest.raises(images.DataError, match=r"part: cannot be written .*No space left.*--resume or the same --sample"):
-        file[torch.arange(2)] = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
-    (tmp_path / "text").write_text("hello")
-    with pytest.raises(images.DataError, match="cannot be written"):
-        images.SampleFile(tmp_path / "text" / "samples.npy", (1, 1, 4, 4), np.uint8, {}, [])
+@pytest.mark.parametrize(
+    "text, wrong", [("4", "4"), ("-1", "-1"), ("red,purple", "purple"), ("", ""), ("red,", "")]
+)
+def test_classes_that_do_not_exist(text, wrong):
+    said = rf"--classes {text}: '{wrong}' is none of the classes: 0 red, 1 green"
+    with pytest.raises(UserError, match=said):
+        class_numbers(text, COLOURS)
+
+
+# -- the parts of a data set -----------------------------------------------------------------------
+
+
+def test_parts_are_disjoint_and_shuffled_but_the_same_each_time():
+    data = Data(make_config(ddpm))
+    assert data.name == "shapes" and data.shape == (3, 16, 16)
+    assert data.images.shape == (216, 3, 16, 16) and data.images.dtype == torch.uint8
+    assert data.labels.shape == (216,) and data.labels.dtype == torch.int64
+    assert data.test.shape == (40, 3, 16, 16)
+    assert {name: len(part[0]) for name, part in data.held_out.items()} == {"val": 24, "test": 40}
+    whole, labels = load_images("shapes", image_size=16, train=True)
+    parts = torch.cat([data.held_out["val"][0], data.images])
+    part_labels = torch.cat([data.held_out["val"][1], data.labels])
+
+    def in_order(images, labels):
+        rows = torch.cat([labels[:, None].byte(), images.flatten(1)], dim=1)
+        return sorted(row.numpy().tobytes() for row in rows)
+
+    assert in_order(parts, part_labels) == in_order(whole, labels)
+    assert not torch.equal(parts, whole)
+    assert torch.equal(Data(make_config(ddpm, seed=5)).images, data.images)  # whatever the seed
+    assert data.facts == {"shape": [3, 16, 16], "class_names": shapes.NAMES}
+
+
+def test_held_out_images_are_128_at_most_and_once_more_without_a_class(monkeypatch):
+    monkeypatch.setattr(images, "SHAPES_COUNT", {True: 1500, False: 140})
+    data = Data(make_config(cfg_ddpm), labelled=True)
+    held_out = data.held_out
+    assert held_out.keys() == {"val", "test", "val_uncond"}
+    assert all(len(x) == 128 for part in held_out.values() for x in part)
+    assert torch.equal(held_out["val"][0], held_out["val_uncond"][0])
+    assert (held_out["val_uncond"][1] == 10).all() and held_out["val"][1].max() < 10
+    assert data.test.shape[0] == 140 and data.images.shape[0] == 1350
+
+
+def test_the_facts_of_a_checkpoint_are_enough_to_sample():
+    facts = {"shape": [1, 24, 24], "class_names": ["cat", "dog"]}
+    config = make_config(cfg_ddpm, data="/gone", image_size=16, classes="dog")
+    data = Data(config, facts, labelled=True)
+    assert data.shape == (1, 24, 24) and data.class_names == ["cat", "dog"]
+    assert data.classes.tolist() == [1] and data.facts == facts and data.name == "/gone"
+
+
+def test_auto_is_settled_in_the_configuration(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(images, "download", lambda *args: 1 / 0)
+    config = make_config(ddpm, data="auto", data_dir=str(tmp_path))
+    assert Data(config).name == config.data == "shapes"
+
+
+def test_classes_are_needed_where_they_are(tmp_path):
+    for i in range(12):
+        save_image(tmp_path / f"{i}.png", np.full((16, 16, 3), 10 * i))
+    data = Data(make_config(ddpm, data=str(tmp_path)))
+    assert data.class_names == [] and len(data.images) == 10 and len(data.test) == 1
+    said = r"has no classes; sort its images into one sub-folder for each"
+    with pytest.raises(UserError, match=said):
+        Data(make_config(cfg_ddpm, data=str(tmp_path)), labelled=True)
+
+
+def test_too_few_images_for_the_processes(tmp_path, monkeypatch):
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png", np.full((16, 16, 3), 10 * i))
+    monkeypatch.setattr(images, "world", lambda: 3)
+    monkeypatch.setattr(images, "from_first", lambda value: value)
+    data = Data(make_config(ddpm, data=str(tmp_path)))
+    with pytest.raises(UserError, match="2 training images are too few for 3 processes"):
+        len(data.images)

@@ -1,0 +1,21 @@
+"""What the scripts share. The two fused operations and their noise are here by name:
+
+    from fused_ddpm import posterior_step, masked_loss, seeded_normal, graphed
+
+The rest is in modules, one idea each: unet, fno, masks, fill, config, runs, images, samples,
+pictures, metrics. `fused_ddpm.status()` says which backend runs, and why.
+"""
+
+from fused_ddpm.graphs import graphed
+from fused_ddpm.noise import seeded_integers, seeded_uniform
+from fused_ddpm.ops import masked_loss, posterior_step, seeded_normal, status
+
+__all__ = [
+    "graphed",
+    "masked_loss",
+    "posterior_step",
+    "seeded_integers",
+    "seeded_normal",
+    "seeded_uniform",
+    "status",
+]

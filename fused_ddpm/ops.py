@@ -1,0 +1,203 @@
+"""The two fused operations around a diffusion network, each below its PyTorch reference.
+
+    posterior_step   one reverse step, DDPM or DDIM, for any kind of prediction, guidance included
+    masked_loss      a loss weighted by pixel masks, with its gradient
+
+Both run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the
+reference here, and give the same numbers up to rounding. `status()` tells which and why;
+FUSED_DDPM=0 in the environment forces the reference.
+"""
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from fused_ddpm.noise import START_NOISE, STEP_NOISE, normal_reference
+
+
+def _load_extension():
+    """(device types the extension serves, why not more)."""
+    if os.environ.get("FUSED_DDPM") == "0":
+        return (), "FUSED_DDPM=0 is set"
+    here = Path(__file__).resolve().parent
+    record_file = here / "_fused_ddpm_build.json"
+    library = here / f"_fused_ddpm{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not record_file.exists():
+        return (), "not built; to build it: pip install -e ."
+    record = json.loads(record_file.read_text())
+    built_for, reason = record["torch"], record["reason"]
+    if not record["backends"]:
+        return (), f"{reason}; after mending that: pip install -e ."
+    if built_for != torch.__version__:
+        versions = f"built for torch {built_for}, this is {torch.__version__}"
+        return (), f"{versions}; to rebuild: pip install -e ."
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return (), f"cannot be loaded ({error}); to rebuild: pip install -e ."
+    return tuple(record["backends"]), reason
+
+
+BACKENDS, REASON = _load_extension()
+
+
+def status():
+    """One line: which backend runs, and why."""
+    if not BACKENDS:
+        return f"PyTorch reference (extension: {REASON})"
+    missing = "" if "cuda" in BACKENDS else f" (no CUDA kernels: {REASON})"
+    return f"fused kernels for {' and '.join(BACKENDS)}{missing}"
+
+
+def fused(device):
+    """The one rule that picks the path: the extension where it was built for such a device."""
+    return torch.device(device).type in BACKENDS
+
+
+# --------------------------------------------------------------------------------------------------
+# One reverse step.
+
+
+def posterior_step_reference(
+    x_t, out, coefficients, step, seeds, out_uncond=None, guidance_scale=1.0, stream=0, clip=True
+):
+    """posterior_step in PyTorch; x_t may also be float64 here, then so is all arithmetic."""
+    k_x, k_o, a, b, s = coefficients[step].to(x_t.dtype).reshape(5).unbind()
+    out = out.to(x_t.dtype)
+    if out_uncond is not None:
+        uncond = out_uncond.to(x_t.dtype)
+        out = uncond + guidance_scale * (out - uncond)
+    x0_hat = k_x * x_t + k_o * out
+    if clip:
+        x0_hat = x0_hat.clamp(-1, 1)
+    z = normal_reference(seeds, x_t[:1].numel(), step, stream, x_t.dtype).view(x_t.shape)
+    return a * x0_hat + b * x_t + s * z
+
+
+def posterior_step(
+    x_t,
+    out,
+    coefficients,
+    step,
+    seeds,
+    out_uncond=None,
+    guidance_scale=1.0,
+    stream=STEP_NOISE,
+    clip=True,
+):
+    """x_{t-1} (or any earlier x_s) from x_t and the network's output, in one pass over memory:
+
+        x0_hat = clamp(k_x x_t + k_o out, -1, 1)
+        x_prev = a x0_hat + b x_t + s z,            z ~ N(0, I)
+        out    = out_uncond + guidance_scale (out - out_uncond)      where out_uncond is given
+
+    That is Ho et al. 2020, Eq. 7, and Song et al. 2021 (DDIM), Eq. 12, for any kind of prediction;
+    which one is in the five coefficients. Guidance: Ho & Salimans 2022, with their w + 1 as scale,
+    so that 0 is unconditional and 1 conditional.
+
+    x_t: float32 (B, ...), contiguous or channels_last. out, out_uncond: the same shape, float32,
+    bfloat16 or float16. coefficients: float32 (steps, 5), rows (k_x, k_o, a, b, s). step: the row,
+    an int or an int64 tensor of one element on x_t's device, which lets a CUDA graph replay the
+    call for every step. seeds: int64 (B,), one an image.
+    Returns float32 like x_t; no gradient flows through. Raises ValueError, TypeError or IndexError
+    where these do not fit.
+    """
+    on_host = not isinstance(step, torch.Tensor)
+    if on_host and not 0 <= step < len(coefficients):
+        raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
+    rest = out_uncond, guidance_scale, stream, clip
+    if not fused(x_t.device):
+        return posterior_step_reference(x_t, out, coefficients, step, seeds, *rest)
+    if on_host:
+        step = torch.full((), step, dtype=torch.int64, device=x_t.device)
+    return torch.ops.fused_ddpm.posterior_step(
+        x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip
+    )
+
+
+def seeded_normal(seeds, shape, stream=START_NOISE, step=0, steps=1):
+    """Standard normals, float32 (B, *shape): a function of seeds (B,) int64, stream and step alone.
+
+    step: 0..steps-1, as an int or a tensor, as in posterior_step.
+    """
+    zeros = torch.zeros(len(seeds), *shape, device=seeds.device)
+    only_noise = torch.eye(5, device=seeds.device)[4:]  # s = 1; made where a CUDA graph may hold it
+    return posterior_step(zeros, zeros, only_noise.repeat(steps, 1), step, seeds, stream=stream)
+
+
+# --------------------------------------------------------------------------------------------------
+# The masked loss.
+
+LOSS_KINDS = {"l2": 0, "l1": 1, "huber": 2}  # huber: smooth l1 with beta = 1
+
+
+def masked_loss_reference(
+    pred, target, target_mask=None, cond_mask=None, cond_weight=0.05, kind="l2"
+):
+    """masked_loss in PyTorch."""
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    diff = pred.to(dtype) - target.to(dtype)
+    size = diff.abs()
+    smooth = torch.where(size < 1, 0.5 * diff**2, size - 0.5)
+    d = {"l2": diff**2, "l1": size, "huber": smooth}[kind]
+    w = torch.ones_like(d) if target_mask is None else target_mask.to(dtype)
+    if cond_mask is not None:
+        w = w + cond_weight * cond_mask.to(dtype)
+    w = w.clamp(max=1).expand_as(d)
+    total = w.sum()
+    return (w * d).sum() / torch.where(total > 0, total, 1)
+
+
+def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05, kind="l2"):
+    """sum(w d(pred, target)) / sum(w), w = min(target_mask + cond_weight cond_mask, 1).
+
+    w is broadcast over channels. The denominator is the total weight, not the number of pixels: the
+    loss is a mean over what the masks select. Masks that select nothing give 0 with gradient 0.
+    Without masks it is the plain mean.
+
+    pred: (B, C, H, W), or any shape without masks; float32, float64, bfloat16 or float16. target:
+    the same shape. target_mask, cond_mask: (B, 1, H, W) or (B, C, H, W), bool, uint8 or float in
+    [0, 1]. kind: l2, l1 or huber (beta = 1). Returns a scalar, float64 for float64 and else
+    float32, differentiable once by pred and target, summed in a fixed order: the same bits each
+    run. Raises ValueError or TypeError for arguments that do not fit.
+    """
+    if kind not in LOSS_KINDS:
+        known = ", ".join(LOSS_KINDS)
+        raise ValueError(f"masked_loss: kind must be one of {known}, got {kind!r}")
+    if target_mask is None and cond_mask is not None:
+        raise ValueError("masked_loss: cond_mask needs a target_mask")
+    if not fused(pred.device):
+        return masked_loss_reference(pred, target, target_mask, cond_mask, cond_weight, kind)
+    loss, _ = torch.ops.fused_ddpm.masked_loss(
+        pred, target, target_mask, cond_mask, cond_weight, LOSS_KINDS[kind]
+    )
+    return loss
+
+
+def _register():
+    """Shapes, strides and dtypes of the extension's operators, for torch.compile."""
+
+    def dense(t):
+        channels_last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+        return t if channels_last else t.contiguous()
+
+    @torch.library.register_fake("fused_ddpm::posterior_step")
+    def _(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip):
+        return torch.empty_like(dense(x_t))
+
+    @torch.library.register_fake("fused_ddpm::masked_loss")
+    def _(pred, target, target_mask, cond_mask, cond_weight, kind):
+        double = pred.dtype == torch.float64
+        scalar = pred.new_empty((), dtype=torch.float64 if double else torch.float32)
+        return scalar, torch.empty_like(scalar)
+
+    @torch.library.register_fake("fused_ddpm::masked_loss_backward")
+    def _(grad, pred, target, target_mask, cond_mask, total, cond_weight, kind):
+        return torch.empty_like(dense(pred))
+
+
+if BACKENDS:
+    _register()

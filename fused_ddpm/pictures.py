@@ -1,0 +1,118 @@
+"""Pictures: grids and sheets of images, and curves. Each returns what run.write can write."""
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+UNSEEN = torch.tensor([0.25, 0.3, 0.45]).view(1, 3, 1, 1)  # blue-grey
+
+
+def tile(images, columns):
+    """uint8 (N, C, H, W) -> PIL image: row by row, three times the size, a white line between."""
+    images = F.pad(images.cpu().expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
+    empty = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
+    images = torch.cat([images, empty])
+    n, _, h, w = images.shape
+    rows = n // columns
+    sheet = images.view(rows, columns, 3, h, w).permute(0, 3, 1, 4, 2)
+    sheet = Image.fromarray(sheet.reshape(rows * h, columns * w, 3).numpy())
+    return sheet.resize((3 * columns * w, 3 * rows * h), Image.Resampling.NEAREST)
+
+
+def draw_grid(images, columns=8, rows=(), heads=()):
+    """uint8 (N, C, H, W), row by row; rows, heads: labels at the left and on top."""
+    sheet = tile(images, columns)
+    pen = ImageDraw.Draw(sheet)
+    left = 12 + int(max(pen.textlength(text, font_size=20) for text in rows)) if rows else 0
+    top = 30 if heads else 0
+    page = Image.new("RGB", (left + sheet.width, top + sheet.height), "white")
+    page.paste(sheet, (left, top))
+    pen = ImageDraw.Draw(page)
+    for i, text in enumerate(rows):
+        y = top + (i + 0.5) * sheet.height / len(rows)
+        pen.text((left - 6, y), text, "black", anchor="rm", font_size=20)
+    for i, text in enumerate(heads):
+        x = left + (i + 0.5) * sheet.width / columns
+        pen.text((x, 15), text, "black", anchor="mm", font_size=20)
+    return page
+
+
+def draw_rows(images, labels, names):
+    """A row of up to eight images for each class. labels: int64 (N,), into names."""
+    classes = list(dict.fromkeys(labels.tolist()))
+    rows = [images[labels == label][:8] for label in classes]
+    columns = max(len(row) for row in rows)
+    blank = images.new_full((columns, *images.shape[1:]), 255)
+    rows = [torch.cat([row, blank[len(row) :]]) for row in rows]
+    return draw_grid(torch.cat(rows), columns, [names[label] for label in classes])
+
+
+def draw_columns(columns, rows=()):
+    """A column for each entry of {heading: uint8 (N, C, H, W)}; rows: labels at the left."""
+    images = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+    return draw_grid(images, len(columns), rows, list(columns))
+
+
+def rgb(images):
+    return images.float().expand(-1, 3, -1, -1)
+
+
+def draw_sheet(columns):
+    """A column of images for each entry of {heading: float (N, C, H, W) in [0, 1]}."""
+    sheet = torch.stack([F.pad(rgb(x), (1, 1, 1, 1), value=1.0) for x in columns.values()])
+    k, n, _, h, w = sheet.shape
+    figure = Figure(figsize=(1.5 * k, 1.5 * n * h / w + 0.4), layout="constrained")
+    axis = figure.subplots()
+    pixels = sheet.permute(1, 3, 0, 4, 2).reshape(n * h, k * w, 3)
+    axis.imshow(pixels.numpy(), interpolation="nearest")
+    axis.set_xticks([(i + 0.5) * w for i in range(k)], list(columns))
+    axis.set_yticks([])
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    return figure
+
+
+def show_seen(truth, mask):
+    """Images (N, C, H, W) in [0, 1] with what mask (N, 1, H, W) leaves out in blue-grey."""
+    return torch.where(mask, rgb(truth), UNSEEN)
+
+
+def show_heat(values):
+    """(N, 1, H, W), from 0 to the largest of them all, in colours: (N, 3, H, W)."""
+    shade = (values / values.max().clamp(min=1e-6))[:, 0].numpy()
+    colours = torch.from_numpy(matplotlib.colormaps["magma"](shade)[..., :3])
+    return colours.permute(0, 3, 1, 2).float()
+
+
+def draw_reconstructions(found, rows=10):
+    """A row an image: original, what was seen, target mask, one draw, mean of the draws, spread.
+
+    found: truth (N, C, H, W) and draws (K, N, C, H, W), float in [0, 1]; cond_mask and target_mask,
+    bool (N, 1, H, W).
+    """
+    truth, draws = found["truth"][:rows], found["draws"][:, :rows]
+    cond_mask, target_mask = found["cond_mask"][:rows], found["target_mask"][:rows]
+    spread = draws.std(0, correction=0).mean(1, keepdim=True)
+    columns = {
+        "original": truth,
+        f"seen ({cond_mask.float().mean():.0%})": show_seen(truth, cond_mask),
+        "target mask": target_mask,
+        "one draw": draws[0],
+        f"mean of {len(draws)}": draws.mean(0),
+        "spread": show_heat(spread),
+    }
+    return draw_sheet(columns)
+
+
+def draw_losses(history):
+    """The curves of a history: all its columns that end in _loss."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, values in history.items():
+        if name.endswith("_loss"):
+            axis.plot(history["steps"], values, label=name)
+    axis.set(xlabel="step", ylabel="loss", yscale="log")
+    axis.legend()
+    return figure

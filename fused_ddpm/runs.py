@@ -1,0 +1,296 @@
+"""A run: it has a folder and a configuration, starts, is saved, stops and goes on.
+
+    with Run(Config, argv) as run:          # reads the command line, opens the device
+        for step in run.steps():            # those still to do
+            ...
+            run.log(loss, norm)
+            if run.saves(step):
+                run.save(model=model)
+
+Over one process or many (torchrun). It calls nothing of the script's. What goes wrong by the user's
+doing ends in one line: of the command line with exit status 2, of all else with 1.
+"""
+
+import math
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+from fused_ddpm.config import read_command_line
+from fused_ddpm.files import FORMAT, UserError, write
+from fused_ddpm.images import DataError
+from fused_ddpm.ops import status
+from fused_ddpm.processes import rank, sum_over, world
+from fused_ddpm.samples import Samples
+
+
+def mix(*numbers):
+    """One 63-bit seed from several whole numbers.
+
+    torch's CPU generator heeds no more than 32 bits, so shifting them together won't do.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Run:
+    """What a script asks of the machine: see above, and the methods in their order of use."""
+
+    def __init__(self, Config, argv=None, tf32=True):
+        """Config: a dataclass, see config.py. tf32: whether a GPU may round matrix products."""
+        module = sys.modules[Config.__module__]
+        self.script = Path(module.__file__).stem
+        self.tf32, self.signals, self.training, self.stopping = tf32, [], False, False
+        self.losses, self.epoch, self.bar, self.files = [], -1, None, []
+        self.state = {"step": 0, "history": {}, "losses": [], "facts": None}
+        try:
+            about = module.__doc__.split("\n")[0]
+            self.config, self.checkpoint = read_command_line(Config, self.script, about, argv)
+        except UserError as error:
+            sys.exit(self._line(error))
+        if self.checkpoint:
+            self.state = {key: self.checkpoint[key] for key in self.state}
+
+    def __enter__(self):
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self
+
+    def _start(self):
+        config, self.dir = self.config, Path(self.config.out_dir)
+        self.handlers = {s: signal.signal(s, self._signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        several = dist.is_torchelastic_launched()
+        if several and config.device == "cuda":  # one process a GPU, or several on a CPU
+            config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device, on_gpu = config.device, config.device.startswith("cuda")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.benchmark = True
+        if several:
+            dist.init_process_group("nccl" if on_gpu else "gloo")
+            if config.batch_size % world():
+                size = f"--batch-size {config.batch_size}"
+                raise UserError(f"{size}: must be a multiple of the {world()} processes")
+        config.bfloat16 = config.amp == "on"
+        if config.amp == "auto":
+            config.bfloat16 = self._multiplies_bfloat16()
+
+    def _multiplies_bfloat16(self):
+        """A GPU since Ampere, a CPU with AMX. Elsewhere it is emulated, at 0.4 of the speed."""
+        if self.device.startswith("cuda"):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        return self.device == "cpu" and features.get("amx_bf16", False)
+
+    def _signal(self, number, frame):
+        """Ctrl-C and SIGTERM: training saves first, all else ends at once."""
+        if not self.training:
+            raise KeyboardInterrupt
+        self.signals.append(number)
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            for samples, scratch in self.files:
+                samples.discard() if scratch else samples.keep()
+        if self.bar is not None:
+            self.bar.close()
+        for number, handler in getattr(self, "handlers", {}).items():
+            signal.signal(number, handler)
+        speaks = rank() == 0 or isinstance(error, DataError)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if isinstance(error, UserError):
+            sys.exit(self._line(error) if speaks else 1)
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(f"{self.script}.py: interrupted")
+
+    def _line(self, error):
+        return f"{self.script}.py: error: {error}"
+
+    # -- before training ---------------------------------------------------------------------------
+
+    @property
+    def facts(self):
+        """Of the data, {"shape": [C, H, W], "class_names": [...]}: a checkpoint's; else None."""
+        return self.state["facts"]
+
+    @property
+    def history(self):
+        return self.state["history"]
+
+    def say(self, text):
+        if rank() == 0:
+            print(text)
+
+    def introduce(self, model, data):
+        """Print what is going to run on what; if it is to train, make the folder ready for it."""
+        config, self.state["facts"] = self.config, data.facts
+        self.model = model
+        size, count = "x".join(map(str, data.shape)), ""
+        if not config.sample:
+            n = len(data.images)
+            count = f"{n} images of "
+            if config.steps is None:
+                config.steps, config.epochs = config.epochs * max(n // config.batch_size, 1), None
+            self.log_every = max(config.steps // 40, 1)
+            self.sample_every = config.sample_every or max(config.steps // 5, 1)
+        precision = " (bfloat16)" if config.bfloat16 else ""
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        self.say(f"{self.script}.py: preset {config.preset}, data {data.name} ({count}{size}), "
+                 f"device {self.device}{precision}")  # fmt: skip
+        self.say(f"extension: {status()}")
+        self.say(f"{millions:.2f}M parameters, output in {self.dir}/")
+        if not config.sample and rank() == 0:
+            if not self.checkpoint:  # --overwrite: none of these to be taken for the new run's
+                for old in [*self.dir.glob("last.pt"), *self.dir.glob("step_*.png")]:
+                    old.unlink()
+            self.write("config.json", asdict(config))
+
+    def restore(self, **parts):
+        """Load each part, name=module or optimizer, from the checkpoint if the run has one."""
+        for name, part in parts.items() if self.checkpoint else []:
+            try:
+                part.load_state_dict(self.checkpoint[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                wrong = str(error).strip().splitlines()[-1].strip()
+                raise UserError(
+                    f"the checkpoint does not fit --data {self.config.data} or this version of the "
+                    f"network: {wrong}"
+                ) from error
+
+    def parallel(self, model):
+        """The model as training calls it: over all processes, compiled with --compile."""
+        network = nn.parallel.DistributedDataParallel(model) if world() > 1 else model
+        return torch.compile(network) if self.config.compile else network
+
+    # -- training ----------------------------------------------------------------------------------
+
+    def steps(self):
+        """The steps still to do; ends early, with the run saved, when told to stop."""
+        first, total = self.state["step"], self.config.steps
+        self.losses = list(torch.tensor(self.state["losses"], device=self.device))
+        hidden = rank() > 0
+        self.bar = tqdm(total=total, initial=first, unit="step", desc="training", disable=hidden)
+        self.training = True
+        for step in range(first, total):
+            torch.manual_seed(mix(self.config.seed, step, rank()))  # for dropout
+            yield step
+            if self.stopping:
+                go_on = f"--resume --out-dir {self.dir}"
+                raise UserError(f"stopped; the run is saved, go on with {go_on}")
+        self.training = False
+        self.bar.close()
+
+    def batch(self, step, n):
+        """(index, keys), int64 (b,): this process's share of the step's images, of n.
+
+        keys: one for each, to everything random about it. Also set: step_key (1,), the same for the
+        whole batch; places (b,), where in the batch each stands, in [0, 1); epoch.
+        """
+        size = min(self.config.batch_size, n) // world() * world()
+        epoch, place = divmod(step, max(n // size, 1))
+        if epoch != self.epoch:
+            order = torch.Generator().manual_seed(mix(self.config.seed, epoch, 1))
+            self.order = torch.randperm(n, generator=order).to(self.device)
+            self.epoch, self.steps_an_epoch = epoch, max(n // size, 1)
+        slots = torch.arange(size, device=self.device).chunk(world())[rank()]
+        key = mix(self.config.seed, step) >> 1
+        key = torch.full((1,), key, dtype=torch.int64, device=self.device)
+        self.step_key, self.places = key, slots / size
+        return self.order[place * size + slots], key + slots
+
+    def log(self, loss, norm):
+        """Keep a loss, on the device. A gradient that is not finite counts as such a loss."""
+        self.losses.append(loss.detach() + 0 * norm)
+        self.bar.update()
+
+    def last(self, step):
+        return step + 1 == self.config.steps
+
+    def reports(self, step):
+        return (step + 1) % self.log_every == 0 or self.last(step)
+
+    def saves(self, step):
+        if world() == 1:
+            self.stopping = bool(self.signals)
+        elif (step + 1) % 10 == 0:  # so that all processes stop at the same step
+            told = torch.tensor(float(bool(self.signals)), device=self.device)
+            self.stopping = sum_over(told).item() > 0
+        return self.stopping or (step + 1) % self.config.save_every == 0 or self.last(step)
+
+    def draws(self, step):
+        return (step + 1) % self.sample_every == 0 and not self.last(step) and not self.stopping
+
+    def _mean_loss(self, step):
+        """Over all processes and the losses kept; UserError if that is not finite."""
+        mean = sum_over(torch.stack(self.losses)) / world()
+        self.losses = list(mean)
+        values = mean.tolist()
+        mean = sum(values) / len(values)
+        if not math.isfinite(mean):
+            kept = "there is no checkpoint yet"
+            if (self.dir / "last.pt").exists():
+                kept = "the last good checkpoint is kept"
+            cure = "Try a smaller --lr, or --amp off"
+            raise UserError(f"the loss became {mean} by step {step + 1}; {kept}. {cure}")
+        return mean
+
+    def report(self, step, **measured):
+        """A row of the history: the mean loss since the last one, and what the script measured."""
+        row = {"steps": step + 1, "epochs": (step + 1) / self.steps_an_epoch}
+        row |= {"train_loss": self._mean_loss(step)}
+        row |= {name: float(value) for name, value in measured.items()}
+        for name, value in row.items():
+            self.history.setdefault(name, []).append(value)
+        self.losses = []
+        shown = {"loss": f"{row['train_loss']:.4f}", "val": f"{row.get('val_loss', math.nan):.4f}"}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def save(self, step, **parts):
+        """last.pt, in one move: the parts' state, configuration, history, and where to go on."""
+        if self.losses:
+            self._mean_loss(step)
+        self.state |= {"step": step + 1, "losses": [loss.item() for loss in self.losses]}
+        if rank() == 0:
+            about = {"script": self.script, "format": FORMAT}
+            config = {k: v for k, v in asdict(self.config).items() if k != "bfloat16"}
+            states = {name: part.state_dict() for name, part in parts.items()}
+            self.write("last.pt", about | {"config": config} | self.state | states)
+            self.write("history.json", self.history)
+
+    # -- sampling ----------------------------------------------------------------------------------
+
+    def seeds(self, index):
+        """Seeds of samples, int64 like index (B,); index below 2^32."""
+        return (self.config.seed << 32) + index
+
+    def samples(self, n, shape, dtype=torch.uint8, file=None, depends_on=(), scratch=False):
+        """Where n samples of a shape (C, H, W) are gathered: see Samples.
+
+        file: a name in dir; scratch: that it is not wanted any more once the run has ended well.
+        """
+        path = self.dir / file if file else None
+        samples = Samples(self.config, n, shape, dtype, path, depends_on)
+        if file:
+            self.files.append((samples, scratch))
+        return samples
+
+    def write(self, name, content):
+        """A file in dir, of the kind its ending says, by the first process, in one move."""
+        if rank() == 0:
+            write(self.dir / name, content)

@@ -1,0 +1,148 @@
+"""Samples while they are made: shared out over the processes, in memory or on disk.
+
+    samples = run.samples(n, shape, file="samples.npy")
+    for index in samples.missing():       # batches of those not there yet, this process's
+        ...                               # samples.tick() at each step moves the progress bar
+        samples.put(index, images)
+    images = samples.gather()             # all of them, in every process
+
+On disk it is an .npy file, (n, H, W, C), filled batch by batch in memory that does not grow. Until
+it is whole it is called <path>.part and ends in one byte a sample, 1 once that is on disk, and in a
+hash of all that the samples are made from: so a run that is cut off, at whatever moment, leaves
+what it has to the next one with the same settings and tensors.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fused_ddpm.config import flags_of
+from fused_ddpm.images import DataError
+from fused_ddpm.processes import rank, sum_over, wait, world
+
+
+class Samples:
+    """See above. Raises DataError where the file cannot be written."""
+
+    def __init__(self, config, n, shape, dtype, path=None, depends_on=()):
+        """shape: (C, H, W). dtype: torch's. depends_on: tensors the samples are made from."""
+        self.config, self.n, self.shape, self.path = config, n, tuple(shape), path
+        self.bar, self.file = None, None
+        self.done = np.zeros(n, dtype=bool)
+        if path is None:
+            self.memory = torch.zeros(n, *shape, dtype=dtype, device=config.device)
+        else:
+            self.part = path.with_name(f"{path.name}.part")
+            self.dtype = np.dtype(str(dtype).removeprefix("torch."))
+            try:
+                self._open(depends_on)
+            except OSError as error:
+                raise DataError(f"{self.part}: cannot be written ({error})") from error
+
+    def _open(self, depends_on):
+        channels, height, width = self.shape
+        header, layout = io.BytesIO(), (self.n, height, width, channels)
+        about = {"descr": self.dtype.str, "fortran_order": False, "shape": layout}
+        np.lib.format.write_array_header_1_0(header, about)
+        self.layout, header = layout, header.getvalue()
+        self.first, self.bytes = len(header), math.prod(self.shape) * self.dtype.itemsize
+        self.flags = self.first + self.n * self.bytes  # where they begin
+        key = self._key(depends_on)
+        if rank() == 0:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.part, "r+b" if self.part.exists() else "w+b") as file:
+                same = file.read(len(header)) == header
+                same = same and file.seek(self.flags + self.n) and file.read() == key
+                if not same:
+                    file.truncate(0)
+                    for place, data in (0, header), (self.flags + self.n, key):
+                        file.seek(place)  # the system fills up with zeros
+                        file.write(data)
+        wait()
+        self.file = open(self.part, "r+b")
+        self.file.seek(self.flags)
+        self.done = np.frombuffer(self.file.read(self.n), dtype=bool)
+        wait()  # until all have read it: they share out the rest by it
+        if self.done.any() and rank() == 0:
+            print(f"{self.path.name}: {self.done.sum()} of {self.n} are there from an earlier run")
+
+    def _key(self, depends_on):
+        """A hash of the tensors and of all settings but those that leave the samples the same."""
+        flags = flags_of(type(self.config)).items()
+        beside = {name for name, (_, part) in flags if part == "RunConfig"} - {"seed"}
+        beside |= {"batch_size", "steps", "epochs"}
+        settings = {k: v for k, v in asdict(self.config).items() if k not in beside}
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for tensor in depends_on:
+            key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return key.digest()
+
+    def missing(self):
+        """Indices (B,) of batches that are not whole yet, this process's share of them."""
+        index = torch.arange(self.n, device=self.config.device)
+        batches = index.split(self.config.batch_size)
+        batches = [i for i in batches if not self.done[i.cpu().numpy()].all()][rank() :: world()]
+        total = len(batches) * self.config.sample_steps
+        hidden = rank() > 0 or self.path is None
+        self.bar = tqdm(total=total, desc="sampling", unit="step", leave=False, disable=hidden)
+        yield from batches
+        self.bar.close()
+
+    def tick(self):
+        self.bar.update()
+
+    def put(self, index, images):
+        """images (B, C, H, W) in the places index (B,)."""
+        if self.path is None:
+            self.memory[index] = images
+            return
+        data = images.movedim(1, -1).cpu().numpy().astype(self.dtype, order="C", copy=False)
+        try:
+            self._write(index, self.bytes, data, self.first)
+            # Later, so that no flag outlives its sample.
+            self._write(index, 1, [b"\1"] * len(index), self.flags)
+        except OSError as error:
+            cure = "make room, then --resume or the same --sample goes on"
+            raise DataError(f"{self.part}: cannot be written ({error}); {cure}") from error
+
+    def _write(self, index, size, data, start):
+        for i, item in zip(index.tolist(), data, strict=True):
+            self.file.seek(start + i * size)
+            self.file.write(item)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def gather(self):
+        """All of them (n, C, H, W) on the CPU, from disk mapped into memory."""
+        if self.path is None:
+            return sum_over(self.memory).cpu()  # each process left the others' share at zero
+        wait()
+        if not np.memmap(self.part, bool, "r", self.flags, self.n).all():
+            again = "which another process was to write; run the same again"
+            raise DataError(f"{self.part}: some are missing, {again}")
+        array = np.memmap(self.part, self.dtype, "c", self.first, self.layout)
+        wait()
+        return torch.from_numpy(array).movedim(-1, 1)
+
+    def keep(self):
+        """After gather: the file, whole, moves to its path."""
+        self.file.close()
+        wait()
+        if rank() == 0:  # a kill in between leaves a good .npy, only with the flags behind it
+            os.replace(self.part, self.path)
+            os.truncate(self.path, self.flags)
+        wait()
+
+    def discard(self):
+        """The file, now that all is elsewhere."""
+        self.file.close()
+        wait()
+        if rank() == 0:
+            self.part.unlink(missing_ok=True)

@@ -1,0 +1,145 @@
+"""The U-Net of ddpm.py, cfg_ddpm.py and sparse_ddpm.py."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+def zero(layer):
+    """Start a residual branch at nothing, so that the network starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) -> (B, out): sines and cosines of 64 frequencies from 1 to 1/10000, then an MLP."""
+
+    def __init__(self, out):
+        super().__init__()
+        frequencies = torch.exp(-math.log(10000) * torch.arange(64) / 64)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(128, out), nn.SiLU(), nn.Linear(out, out), nn.SiLU())
+
+    def forward(self, t):
+        angle = t[:, None].float() * self.frequencies
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels, channels, emb_dim, dropout):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.scale_shift = nn.Linear(emb_dim, 2 * channels)
+        self.norm2, self.dropout = group_norm(channels), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        same = in_channels == channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = math.gcd(channels, max(1, channels // 64))
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        h = self.mix(*qkv.transpose(-1, -2).unbind(1))  # (B, heads, H*W, C/heads)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+    def mix(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class LinearAttention(Attention):
+    """Keys sum the values up to a (C/heads, C/heads) matrix first: cost H*W, not (H*W)^2.
+
+    Shen et al. 2021.
+    """
+
+    def mix(self, q, k, v):
+        return q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)
+
+
+class Unet(nn.Module):
+    """x (B, in_channels, H, W), t (B,) -> (B, out_channels, H, W).
+
+    With num_classes it also takes labels (B,) int64; the label num_classes is the null class.
+    config: image_size, dim, dim_mults, num_blocks, attn_resolutions, linear_attention, dropout; see
+    ddpm.py.
+    """
+
+    def __init__(self, in_channels, out_channels, config, num_classes=0):
+        super().__init__()
+        self.null_class = num_classes
+        dims, emb_dim = [config.dim * m for m in config.dim_mults], 2 * max(config.dim, 64)
+        bottom = len(dims) - 1
+
+        def attention(level):
+            if config.image_size // 2**level in config.attn_resolutions:
+                return [Attention(dims[level])]
+            return [LinearAttention(dims[level])] if config.linear_attention else []
+
+        def stage(level, in_channels):
+            blocks = []
+            for i in range(config.num_blocks):
+                width = dims[level] if i else in_channels
+                blocks.append(ResBlock(width, dims[level], emb_dim, config.dropout))
+                blocks += attention(level)
+            return nn.ModuleList(blocks)
+
+        self.time = TimeEmbedding(emb_dim)
+        if num_classes:
+            table = nn.Embedding(num_classes + 1, 128)
+            mlp = nn.Linear(128, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+            self.classes = nn.Sequential(table, *mlp)
+        self.stem = nn.Conv2d(in_channels, dims[0], 3, padding=1)
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        for level in range(bottom):
+            here, below = dims[level], dims[level + 1]
+            self.down.append(stage(level, here))
+            self.downsample.append(nn.Conv2d(4 * here, below, 1))  # after space-to-depth
+            self.upsample.append(nn.Conv2d(below, here, 1))  # before nearest-neighbour
+            self.up.append(stage(level, 2 * here))
+        deepest = config.image_size // 2**bottom
+        middle = [] if deepest in config.attn_resolutions else [Attention(dims[-1])]
+        self.mid = nn.ModuleList([*stage(bottom, dims[-1]), *middle, *stage(bottom, dims[-1])])
+        last = zero(nn.Conv2d(dims[0], out_channels, 3, padding=1))
+        self.out = nn.Sequential(group_norm(dims[0]), nn.SiLU(), last)
+
+    def forward(self, x, t, labels=None):
+        emb = self.time(t)
+        if labels is not None:
+            emb = emb + self.classes(labels)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for blocks, downsample in zip(self.down, self.downsample, strict=True):
+            for block in blocks:
+                x = block(x, emb)
+            skips.append(x)
+            x = downsample(F.pixel_unshuffle(x, 2))
+        for block in self.mid:
+            x = block(x, emb)
+        for blocks, upsample in zip(reversed(self.up), reversed(self.upsample), strict=True):
+            x = F.interpolate(upsample(x), scale_factor=2.0, mode="nearest")
+            x = torch.cat([x, skips.pop()], dim=1)
+            for block in blocks:
+                x = block(x, emb)
+        return self.out(x)
