@@ -70,6 +70,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 class Sampling:  # how they are used: free
     sampler: str = flag("ddpm", "ancestral sampling or DDIM", ["ddpm", "ddim"])
     sample_steps: int = flag(100, "network calls for an image, at most T", full=1000)
+    spacing: float = flag(1.0, "of steps: 1 even, 2 closer near 0", within="[1, 4]")
     eta: float = flag(0.0, "noise of DDIM: 0 none, 1 as much as DDPM", within="[0, 1]")
     variance: str = flag("small", "of DDPM's steps: the posterior's, or beta", ["small", "large"])
     guidance_scale: float = flag(3.0, "w; 0: no class, 1: plain, more: beyond", within="[0, inf)")
@@ -147,8 +148,8 @@ def sampling_table(config):
     first = config.num_timesteps - 1
     if config.objective == "eps":  # cosine ends at 2e-9, where k_o = -2e4 blows up any error of eps
         first = int((alphas_cumprod > 1e-5).sum()) - 1
-    times = torch.linspace(first, 0, config.sample_steps, dtype=torch.float64)
-    timesteps = times.round().long()
+    times = torch.linspace(1, 0, config.sample_steps, dtype=torch.float64) ** config.spacing
+    timesteps = (first * times).round().long()
     at = alphas_cumprod[timesteps]
     a_s = torch.cat([at[1:], torch.ones_like(at[:1])])  # the last step ends at the clean image
     rows = x0_from_output(config.objective, at) + reverse_mean_and_noise(at, a_s, config)

@@ -39,6 +39,7 @@ import torch.nn.functional as F
 
 from fused_ddpm import graphed, masked_loss, seeded_integers, seeded_normal, seeded_uniform
 from fused_ddpm.config import RunConfig, flag
+from fused_ddpm.fill import baselines
 from fused_ddpm.fno import FnoUnet, places_in_shells, prepare_to_compile, resize
 from fused_ddpm.images import Data, as_file, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
@@ -90,6 +91,7 @@ class Sampling:  # how they are used: free
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
     enforce_observed: bool = flag(True, "put the observed pixels back at the end")
+    baselines: bool = flag(True, "also the Gaussian conditional mean; memory (C H W)^2")
 
 
 @dataclass
@@ -382,12 +384,13 @@ def main(argv=None):
             ema.compile()
         images = data.test[: config.num_samples]
         found = reconstruct(run, ema, images, config.num_draws, config, file="draws.npy")
-        at_m = resize(found["draws"], data.shape[-1])  # of another grid, what both can hold
-        metrics = evaluate(found | {"draws": at_m}, config.sparsity)
+        found |= baselines(found, data, config)
+        at_m = found | {"draws": resize(found["draws"], data.shape[-1])}  # what both grids hold
+        metrics = evaluate(at_m)
         run.write("metrics.json", metrics)
         run.write("reconstructions.npz", found)
         run.write("samples.npy", as_file(found["draws"][0]))
-        run.write("reconstructions.png", draw_reconstructions(found | {"draws": at_m}))
+        run.write("reconstructions.png", draw_reconstructions(at_m))
         run.write("resolutions.png", draw_resolutions(run, ema, data.test[:6], config))
         run.say(table(metrics) + "\n" + table(metrics, "query"))
         run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")

@@ -1,38 +1,46 @@
 """Sparse diffusion: see 20% of the pixels of an image, take the loss on another 20%, return it all.
 
 A DDPM (see ddpm.py) whose network also sees a sparse image. Two disjoint pixel masks are drawn for
-each training image, m_c (conditioning) and m_t (target), shared by all channels. The network takes
-[x_t, m_c x_0, m_c] and is scored on the target pixels, with a small weight on the observed ones:
+each training image, m_c (conditioning) and m_t (target), shared by all channels. The network f sees
+x_t, m_c x_0 and m_c, and is scored on the target pixels, a little on the observed ones:
 
-    loss = sum w (f(x_t, m_c x_0, m_c, t) - goal)^2 / sum w,    w = min(m_t + 0.05 m_c, 1)
+    loss = sum w (x0_hat - x_0)^2 P / sum w,    w = min(m_t + 0.05 m_c, 1)
 
 So the loss touches 20% of an image; x_t is made from all of it: this is training on complete images
-with a masked loss. Sampling runs the reverse process with the observed pixels as input at every
-step. K runs from different noise agree on them and differ elsewhere: their mean has the least
-error, and their spread says where the network is guessing.
+with a masked loss. What f predicts is the residual to the best linear guess (preconditioning,
+Karras et al. 2022, with a mean). Filling in the sparse image by normalised convolution gives h, off
+by a variance s^2 that depends on how many pixels are seen nearby; x_t / sqrt(a_t) is off by
+(1 - a_t) / a_t. Weighted by their precisions the two give b, of precision P:
+
+    P = 1 / s^2 + a_t / (1 - a_t),    b = (h / s^2 + x_t sqrt(a_t) / (1 - a_t)) / P
+    x0_hat = b + f / sqrt(P)          so that f has to have variance 1 or so at every t
+
+Sampling runs the reverse process with the observed pixels as input at every step. K draws from
+different noise agree on them and differ elsewhere: their mean has the least error, their spread
+says where the network is guessing. One call from pure noise is the posterior mean at once.
 
     python sparse_ddpm.py --sparsity 0.2                         # train, reconstruct, draw
     python sparse_ddpm.py --data path/to/photos --preset full    # your own images, on a GPU
     python sparse_ddpm.py --sample out/sparse_ddpm/last.pt --num-draws 16 --out-dir out/more
 
-Measured: the first command, on Fashion-MNIST, takes 6 min 42 s on two cores of a 2.8 GHz Xeon. On
-256 test images, unseen pixels, the mean of 8 draws has 20.2 dB, one draw 18.2, interpolation 17.0.
+MEASURED
 """
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
+from fused_ddpm.fill import Guess, baselines
 from fused_ddpm.images import Data, as_file, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
-from fused_ddpm.metrics import evaluate, table
+from fused_ddpm.metrics import Intervals, evaluate, table
 from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers
-from fused_ddpm.pictures import draw_losses, draw_reconstructions
+from fused_ddpm.pictures import draw_losses, draw_ranks, draw_reconstructions
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
 
@@ -50,7 +58,7 @@ class Model:  # what the weights are: fixed with a checkpoint
     linear_attention: bool = flag(False, "attention at cost linear in the pixels elsewhere")
     num_timesteps: int = flag(1000, "T, steps of the forward process")
     schedule: str = flag("cosine", "of beta", ["linear", "cosine", "sigmoid"], full="linear")
-    objective: str = flag("x0", "what the network predicts", ["eps", "v", "x0"], full="eps")
+    objective: str = flag("residual", "what the network predicts", ["residual", "eps", "v", "x0"])
 
 
 @dataclass
@@ -64,7 +72,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     mask_mode: str = flag("random_epoch", "when masks are new", ["random_epoch", "fixed", "random"])
     mask_pattern: str = flag("random", "how the pixels are scattered", list(PATTERNS))
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
-    steps: int | None = flag(1600, "optimizer steps", full=None, later=True)
+    steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=50, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
     lr: float = flag(2e-3, "peak learning rate of Adam", full=2e-4, within="(0, 1]", later=True)
@@ -76,12 +84,14 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 @dataclass
 class Sampling:  # how they are used: free
     sampler: str = flag("ddim", "ancestral sampling or DDIM", ["ddpm", "ddim"], full="ddpm")
-    sample_steps: int = flag(20, "network calls for an image, at most T", full=1000)
+    sample_steps: int = flag(30, "network calls for an image, at most T", full=1000)
+    spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", full=1.0, within="[1, 4]")
     eta: float = flag(0.0, "noise of DDIM: 0 none, 1 as much as DDPM", within="[0, 1]")
     variance: str = flag("small", "of DDPM's steps: the posterior's, or beta", ["small", "large"])
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
-    enforce_observed: bool = flag(True, "put the observed pixels back at the end")
+    enforce_observed: bool = flag(True, "observed pixels are kept, at every step")
+    baselines: bool = flag(True, "also the Gaussian conditional mean; memory (C H W)^2")
 
 
 @dataclass
@@ -150,8 +160,8 @@ def sampling_table(config):
     first = config.num_timesteps - 1
     if config.objective == "eps":  # cosine ends at 2e-9, where k_o = -2e4 blows up any error of eps
         first = int((alphas_cumprod > 1e-5).sum()) - 1
-    times = torch.linspace(first, 0, config.sample_steps, dtype=torch.float64)
-    timesteps = times.round().long()
+    times = torch.linspace(1, 0, config.sample_steps, dtype=torch.float64) ** config.spacing
+    timesteps = (first * times).round().long()
     at = alphas_cumprod[timesteps]
     a_s = torch.cat([at[1:], torch.ones_like(at[:1])])  # the last step ends at the clean image
     rows = x0_from_output(config.objective, at) + reverse_mean_and_noise(at, a_s, config)
@@ -168,25 +178,37 @@ def q_sample(x_start, t, noise, alphas_cumprod):
     return a_t.sqrt().float() * x_start + (1 - a_t).sqrt().float() * noise
 
 
-def predict(model, x_t, t, cond, cond_mask, config):
-    """The network on the noised image, the sparse one (0 where unseen) and its mask."""
-    seen = cond_mask.expand_as(cond).to(cond.dtype)
+def predict(model, x_t, t, context, alphas_cumprod, config):
+    """(out, r): what config.objective says, for the residual x0_hat, and the error to expect of it.
+
+    context: what Guess makes of the sparse image. r is 1 but for the residual.
+    """
+    cond, seen, filled, density, variance = context
+    x, r = x_t, 1
+    if config.objective == "residual":  # b and P^-1/2
+        a_t = alphas_cumprod[t].float().view(-1, 1, 1, 1)
+        precision = 1 / variance + a_t / (1 - a_t)  # of the filled image and of x_t / sqrt(a_t)
+        x = (filled / variance + x_t * a_t.sqrt() / (1 - a_t)) / precision
+        r = precision.rsqrt()
+    inputs = torch.cat([x, cond, seen.to(x.dtype), filled, density], dim=1)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.bfloat16):
-        return model(torch.cat([x_t, cond, seen], dim=1), t)
+        out = model(inputs, t)
+    return (x + r * out, r) if config.objective == "residual" else (out, r)
 
 
-def training_loss(model, x_start, t, noise, masks, alphas_cumprod, config):
-    """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks: see make_masks."""
+def training_loss(model, x_start, t, noise, masks, context, alphas_cumprod, config):
+    """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks, context: of make_masks, Guess."""
     cond_mask, target_mask = masks
     x_t = q_sample(x_start, t, noise, alphas_cumprod)
-    out = predict(model, x_t, t, x_start * cond_mask, cond_mask, config)
+    out, r = predict(model, x_t, t, context, alphas_cumprod, config)
     if config.objective == "eps":
         goal = noise
-    elif config.objective == "x0":
-        goal = x_start
-    else:  # v = sqrt(a_t) noise - sqrt(1 - a_t) x_0
+    elif config.objective == "v":  # sqrt(a_t) noise - sqrt(1 - a_t) x_0
         goal = q_sample(noise, t, -x_start, alphas_cumprod)
-    return masked_loss(out, goal, target_mask, cond_mask, config.cond_weight, config.loss)
+    else:
+        goal = x_start
+    w = config.cond_weight
+    return masked_loss(out / r, goal / r, target_mask, cond_mask, w, config.loss)
 
 
 def make_sampler(model, shape, config):
@@ -196,18 +218,22 @@ def make_sampler(model, shape, config):
     An image is a function of its own seed, pixels and mask alone.
     """
     timesteps, coefficients = sampling_table(config)
+    alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(x_t, step, seeds, cond, cond_mask):
+    def reverse_step(x_t, step, seeds, *context):
         t = timesteps[step].expand(len(x_t))
-        out = predict(model, x_t, t, cond, cond_mask, config)
+        out, _ = predict(model, x_t, t, context, alphas_cumprod, config)
+        if config.enforce_observed and config.objective == "residual":
+            out = torch.where(context[1], context[0], out)
         return posterior_step(x_t, out, coefficients, step, seeds)
 
     @torch.no_grad()
     def sample(seeds, cond, cond_mask):
+        context = model.guess(cond, cond_mask, config.sparsity)
         x_t = seeded_normal(seeds, shape)
         for step in range(config.sample_steps):
-            x_t = reverse_step(x_t, step, seeds, cond, cond_mask)
+            x_t = reverse_step(x_t, step, seeds, *context)
             if config.enforce_observed and step + 1 == config.sample_steps:
                 x_t = torch.where(cond_mask, cond, x_t)
             yield x_t
@@ -242,7 +268,8 @@ def held_out_losses(model, held_out, alphas_cumprod, config):
         t = torch.linspace(0, config.num_timesteps - 1, len(index), device=images.device).long()
         noise, x_start = seeded_normal(index, images.shape[1:]), to_float(images)
         masks = held_out_masks(len(images), config)
-        loss = training_loss(model, x_start, t, noise, masks, alphas_cumprod, config)
+        context = model.guess(x_start * masks[0], masks[0], config.sparsity)
+        loss = training_loss(model, x_start, t, noise, masks, context, alphas_cumprod, config)
         losses[f"{part}_loss"] = loss
     return losses
 
@@ -252,6 +279,11 @@ def train(run, model, ema, data, config):
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     run.restore(model=model, ema=ema, optimizer=optimizer)
+    if run.state["step"] == 0:  # how far off the filled images are
+        index = torch.arange(len(data.images), device=config.device)[:1024]
+        mask, _ = make_masks(run.seeds(index), 0, config.image_size, config)
+        model.guess.measure(to_float(data.images[index]), mask, config.sparsity)
+        ema.guess.load_state_dict(model.guess.state_dict())
     network = run.parallel(model)  # over all processes; model itself where there is one
 
     for step in run.steps():
@@ -268,7 +300,8 @@ def train(run, model, ema, data, config):
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        loss = training_loss(network, x_start, t, noise, masks, alphas_cumprod, config)
+        context = model.guess(x_start * masks[0], masks[0], config.sparsity)
+        loss = training_loss(network, x_start, t, noise, masks, context, alphas_cumprod, config)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -279,9 +312,13 @@ def train(run, model, ema, data, config):
         if run.reports(step):  # with saving, the only time the host waits for the device
             run.report(step, **held_out_losses(ema, data.held_out, alphas_cumprod, config))
         if run.saves(step):  # also when told to stop
+            if run.last(step):
+                found = reconstruct(run, ema, data.held_out["val"][0][:64], config)
+                ema.intervals.fit(found["draws"], found["truth"], ~found["cond_mask"])
             run.save(step, model=model, ema=ema, optimizer=optimizer)
         if run.draws(step):
-            found = reconstruct(run, ema, data.held_out["val"][0][:8], 2, config)
+            few = replace(config, num_draws=2)
+            found = reconstruct(run, ema, data.held_out["val"][0][:8], few)
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
 
 
@@ -294,7 +331,7 @@ def held_out_masks(n, config):
     return make_masks((config.seed << 32) + TEST_INDEX + index, 0, config.image_size, config)
 
 
-def reconstruct(run, model, images, num_draws, config, file=None):
+def reconstruct(run, model, images, config, file=None):
     """K draws for each test image, uint8 (N, C, H, W), as a dict, values in [0, 1], on the CPU.
 
     truth: (N, C, H, W); cond_mask, target_mask: bool (N, 1, H, W); draws: (K, N, C, H, W).
@@ -302,15 +339,15 @@ def reconstruct(run, model, images, num_draws, config, file=None):
     n, shape, truth = len(images), images.shape[1:], to_float(images)
     cond_mask, target_mask = held_out_masks(n, config)
     sample = make_sampler(model, shape, config)
-    depends_on = [*model.state_dict().values(), images]
-    samples = run.samples(num_draws * n, shape, torch.float32, file, depends_on, scratch=True)
+    count, depends_on = config.num_draws * n, [*model.state_dict().values(), images]
+    samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
     for jobs in samples.missing():  # of the draws not there yet this process's, in batches
         draw, i = jobs // n, jobs % n
         seeds = run.seeds((draw << 20) + i)
         for x_t in sample(seeds, truth[i] * cond_mask[i], cond_mask[i]):
             samples.tick()
         samples.put(jobs, to_unit(x_t))
-    draws = samples.gather().unflatten(0, (num_draws, n))
+    draws = samples.gather().unflatten(0, (config.num_draws, n))
     found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 
@@ -320,7 +357,8 @@ def main(argv=None):
         config = run.config
         data = Data(config, run.facts)
         torch.manual_seed(config.seed)  # of the first weights
-        model = Unet(3 * data.shape[0], data.shape[0], config)
+        model = Unet(3 * data.shape[0] + 2, data.shape[0], config)
+        model.guess, model.intervals = Guess(), Intervals()
         model = model.to(config.device, memory_format=torch.channels_last)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         run.introduce(model, data)
@@ -334,12 +372,17 @@ def main(argv=None):
         if config.compile:
             ema.compile()
         images = data.test[: config.num_samples]
-        found = reconstruct(run, ema, images, config.num_draws, config, file="draws.npy")
-        metrics = evaluate(found, config.sparsity)
+        found = reconstruct(run, ema, images, config, file="draws.npy")
+        once = replace(config, sample_steps=1, num_draws=1)  # from noise: the posterior mean
+        found["regression"] = reconstruct(run, ema, images, once)["draws"][0]
+        found |= baselines(found, data, config)
+        metrics = evaluate(found, ema.intervals)
         run.write("metrics.json", metrics)
         run.write("reconstructions.npz", found)
         run.write("samples.npy", as_file(found["draws"][0]))
-        run.write("reconstructions.png", draw_reconstructions(found))
+        run.write("reconstructions.png", draw_reconstructions(found, ema.intervals))
+        if config.num_draws > 1:
+            run.write("ranks.png", draw_ranks(metrics))
         run.say(table(metrics))
         run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
 

@@ -1,29 +1,170 @@
-"""Filling in without a network."""
+"""Filling in without a network: what a network starts from, and has to beat."""
 
+import functools
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
+
+from fused_ddpm.files import write
+from fused_ddpm.images import to_float
+from fused_ddpm.processes import rank
+
+
+@functools.cache
+def gaussian_matrix(n, sigma, device):
+    """(n, n): row i has a Gaussian of sigma pixels around i, cut at 3 sigma; zero outside."""
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    reach = math.ceil(3 * sigma)
+    total = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2).sum()
+    kernel = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= reach)
+    return (kernel / total).to(device)
 
 
 def gaussian_blur(x, sigma):
-    """x (N, C, H, W), zero outside the image, with a Gaussian of sigma pixels, cut at 3 sigma."""
-    radius = math.ceil(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, -1)
-    x = F.conv2d(x, kernel, padding=(0, radius), groups=x.shape[1])
-    return F.conv2d(x, kernel.transpose(-1, -2), padding=(radius, 0), groups=x.shape[1])
+    """x (..., H, W), zero outside, with a Gaussian of sigma pixels, cut at 3 sigma.
+
+    By two matrix products: at these sizes faster than convolutions, however wide the Gaussian.
+    """
+    rows = gaussian_matrix(x.shape[-2], sigma, x.device)
+    columns = gaussian_matrix(x.shape[-1], sigma, x.device)
+    return rows @ x @ columns
+
+
+def set_convolution(x, mask, fraction):
+    """(filled, density), (N, C, H, W) and (N, 1, H, W): Gordon et al. 2020 (ConvCNP).
+
+    Each pixel of `filled` is a Gaussian-weighted mean of the seen ones: normalised convolution
+    (Knutsson & Westin 1993). x: (N, C, H, W); mask: bool (N, 1, H, W), about `fraction` of the
+    pixels. The Gaussian's width follows the fraction; two wider ones take over where no seen pixel
+    is near. density: sum of the first Gaussian over the seen pixels, about 1 on average.
+    """
+    seen, sigma = mask.to(x.dtype), 0.5 / fraction**0.5
+    near = gaussian_blur(seen, sigma)
+    weight, value = near, gaussian_blur(x * seen, sigma)
+    for wider, share in [(4, 1e-4), (16, 1e-8)]:
+        weight = weight + share * gaussian_blur(seen, wider * sigma)
+        value = value + share * gaussian_blur(x * seen, wider * sigma)
+    return value / weight.clamp(min=1e-30), near / fraction
 
 
 def interpolate(x, mask, fraction):
-    """Normalised convolution: each unseen pixel is a Gaussian-weighted mean of the seen ones.
+    """x (N, C, H, W) where mask (N, 1, H, W) is set, and filled by set_convolution elsewhere."""
+    return torch.where(mask, x, set_convolution(x, mask, fraction)[0])
 
-    x: (N, C, H, W); mask: bool (N, 1, H, W), about `fraction` of the pixels. The Gaussian's width
-    follows the fraction; two wider ones take over where no seen pixel is near.
+
+class Guess(nn.Module):
+    """The filled image, and the variance of its error, as a function of the density.
+
+    That function is a table, measured on training images and kept in the checkpoint. It goes on
+    linearly in log-log between the centres of its bins.
     """
-    weight, value = 0, 0
-    for widths, share in [(0.5, 1), (2, 1e-4), (8, 1e-8)]:
-        sigma = widths / fraction**0.5
-        weight = weight + share * gaussian_blur(mask.float(), sigma)
-        value = value + share * gaussian_blur(x * mask.float(), sigma)
-    return torch.where(mask, x, value / weight.clamp(min=1e-30))
+
+    def __init__(self, bins=16):
+        super().__init__()
+        self.register_buffer("place", torch.linspace(-4, 2, bins))  # log of the density
+        self.register_buffer("log_variance", torch.zeros(bins))
+
+    @torch.no_grad()
+    def measure(self, x, mask, fraction):
+        """On images x (N, C, H, W), in [-1, 1], seen where mask (N, 1, H, W) is set."""
+        filled, density = set_convolution(x, mask, fraction)
+        error = ((filled - x) ** 2).mean(1, keepdim=True)
+        bins = self._bin(density).round().long().flatten()
+        total = torch.zeros_like(self.place).double().index_add_(0, bins, error.flatten().double())
+        count = torch.zeros_like(total).index_add_(0, bins, torch.ones_like(bins).double())
+        overall = error.double().mean()
+        # An empty bin takes the overall mean; so does, in part, a bin with few pixels.
+        self.log_variance.copy_(((total + 100 * overall) / (count + 100)).clamp(min=1e-6).log())
+
+    def _bin(self, density):
+        first, last = self.place[0], self.place[-1]
+        where = (density.clamp(min=1e-30).log() - first) / (last - first)
+        return where.clamp(0, 1) * (len(self.place) - 1)
+
+    def forward(self, x, mask, fraction):
+        """(x, mask, filled, density, variance): the last two (N, 1, H, W)."""
+        filled, density = set_convolution(x, mask, fraction)
+        where = self._bin(density)
+        low = where.floor().long().clamp(max=len(self.place) - 2)
+        part = where - low
+        table = self.log_variance
+        variance = torch.lerp(table[low], table[low + 1], part).exp()
+        return x, mask, filled, density, variance
+
+
+class GaussianFill:
+    """The conditional mean of a Gaussian: what the best linear method can do.
+
+    Optimal interpolation, or kriging with the data's own covariance. With mean m and covariance S,
+
+        x_U = m_U + S_UO S_OO^-1 (x_O - m_O),    variance S_UU - S_UO S_OO^-1 S_OU
+
+    O the seen values, U the others. One float64 Cholesky factor an image: O(|O|^2 (|O| + |U|)).
+    """
+
+    def __init__(self, mean, covariance):
+        """mean: (D,), covariance: (D, D), of flattened images, float64."""
+        self.mean, self.covariance = mean, covariance
+
+    @classmethod
+    def fit(cls, images, batch=4096):
+        """From images, uint8 (N, C, H, W), taken to [-1, 1], a batch at a time."""
+        parts = images.flatten(1).split(batch)
+        mean = sum(to_float(part).double().sum(0) for part in parts) / len(images)
+        covariance = 0
+        for part in parts:
+            centred = to_float(part) - mean.float()
+            covariance = covariance + (centred.T @ centred).double()
+        ridge = 1e-5 * torch.eye(len(mean), dtype=torch.float64, device=mean.device)
+        return cls(mean, covariance / len(images) + ridge)
+
+    @classmethod
+    def beside(cls, path, data):
+        """From a file, or else fitted to data.images and left in that file, in float32."""
+        if not path.exists():
+            fitted = cls.fit(data.images)
+            arrays = {"mean": fitted.mean.cpu(), "covariance": fitted.covariance.cpu()}
+            write(path, {name: x.numpy().astype(np.float32) for name, x in arrays.items()})
+        with np.load(path) as saved:
+            return cls(*(torch.from_numpy(saved[k]).double() for k in ("mean", "covariance")))
+
+    def fill(self, x, mask):
+        """(mean, standard deviation), each like x (N, C, H, W): x itself and 0 where mask is set.
+
+        mask: bool (N, 1, H, W) or (N, C, H, W).
+        """
+        filled, spread = x.double().flatten(1).clone(), torch.zeros_like(x).double().flatten(1)
+        seen = mask.expand_as(x).flatten(1)
+        for row, there in enumerate(seen):
+            o, u = there.nonzero()[:, 0], (~there).nonzero()[:, 0]
+            factor = torch.linalg.cholesky(self.covariance[o[:, None], o])
+            cross = self.covariance[o[:, None], u]
+            given = (filled[row, o] - self.mean[o])[:, None]
+            half = torch.linalg.solve_triangular(factor, cross, upper=False)
+            whitened = torch.linalg.solve_triangular(factor, given, upper=False)
+            filled[row, u] = self.mean[u] + (half.T @ whitened)[:, 0]
+            left = self.covariance.diagonal()[u] - (half**2).sum(0)
+            spread[row, u] = left.clamp(min=0).sqrt()
+        return filled.view(x.shape).to(x.dtype), spread.view(x.shape).to(x.dtype)
+
+
+LARGEST = 8192  # values of an image; a covariance of so many takes 512 MiB
+
+
+def baselines(found, data, config):
+    """What fills in without a network, by name: like found["truth"] (N, C, H, W), in [0, 1].
+
+    convolution, gaussian, and gaussian_std. The covariance of the training images is kept beside
+    the checkpoint. Left out where --no-baselines says so or the images are too large.
+    """
+    truth, mask = 2 * found["truth"] - 1, found["cond_mask"]
+    made = {"convolution": interpolate(truth, mask, config.sparsity)}
+    if config.baselines and truth[0].numel() <= LARGEST and rank() == 0:
+        folder = Path(config.sample).parent if config.sample else Path(config.out_dir)
+        gaussian = GaussianFill.beside(folder / "gaussian.npz", data)
+        made["gaussian"], std = gaussian.fill(truth, mask)
+        made["gaussian_std"] = std - 1  # of [0, 1], in the end
+    return {name: (x / 2 + 0.5).clamp(0, 1) for name, x in made.items()}

@@ -86,11 +86,11 @@ def show_heat(values):
     return colours.permute(0, 3, 1, 2).float()
 
 
-def draw_reconstructions(found, rows=10):
+def draw_reconstructions(found, intervals=None, rows=10):
     """A row an image: original, what was seen, target mask, one draw, mean of the draws, spread.
 
     found: truth (N, C, H, W) and draws (K, N, C, H, W), float in [0, 1]; cond_mask and target_mask,
-    bool (N, 1, H, W).
+    bool (N, 1, H, W); where there, regression and gaussian. With intervals their width, too.
     """
     truth, draws = found["truth"][:rows], found["draws"][:, :rows]
     cond_mask, target_mask = found["cond_mask"][:rows], found["target_mask"][:rows]
@@ -103,7 +103,27 @@ def draw_reconstructions(found, rows=10):
         f"mean of {len(draws)}": draws.mean(0),
         "spread": show_heat(spread),
     }
+    if intervals and len(draws) > 1:
+        width = 2 * intervals.half_width(draws.cpu(), 0.9).mean(1, keepdim=True)
+        columns["90% interval"] = show_heat(torch.where(cond_mask, 0, width))
+    for name in ("regression", "gaussian"):
+        if name in found:
+            columns[name] = found[name][:rows]
     return draw_sheet(columns)
+
+
+def draw_ranks(metrics):
+    """The rank of the truth among the draws: flat if it is one of them."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    for name in ("calibration", "foreground"):
+        if name in metrics:
+            ranks = metrics[name]["rank_histogram"]
+            axis.step(range(len(ranks)), ranks, where="mid", label=name)
+            axis.axhline(1 / len(ranks), color="grey", linewidth=0.5)
+    axis.set(xlabel="draws below the truth", ylabel="share of the unseen pixels")
+    axis.legend()
+    return figure
 
 
 def draw_losses(history):

@@ -91,11 +91,12 @@ class Run:
             config.bfloat16 = self._multiplies_bfloat16()
 
     def _multiplies_bfloat16(self):
-        """A GPU since Ampere, a CPU with AMX. Elsewhere it is emulated, at 0.4 of the speed."""
+        """A GPU since Ampere, a CPU with instructions for it; else it is emulated, slowly."""
         if self.device.startswith("cuda"):
             return torch.cuda.is_bf16_supported(including_emulation=False)
         features = getattr(torch.cpu, "get_capabilities", dict)()
-        return self.device == "cpu" and features.get("amx_bf16", False)
+        has = any(features.get(name) for name in ("amx_bf16", "avx512_bf16"))
+        return self.device == "cpu" and has
 
     def _signal(self, number, frame):
         """Ctrl-C and SIGTERM: training saves first, all else ends at once."""

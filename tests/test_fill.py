@@ -6,7 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_ddpm.fill import gaussian_blur, interpolate
+from fused_ddpm.fill import (
+    GaussianFill,
+    Guess,
+    baselines,
+    gaussian_blur,
+    interpolate,
+    set_convolution,
+)
 from fused_ddpm.masks import make_masks
 from fused_ddpm.metrics import psnr
 
@@ -80,3 +87,118 @@ def test_where_nothing_is_near_the_wider_ones_take_over():
     x = torch.where(seen, 0.6, 9.0)
     near = interpolate(x, seen, 0.02)[0, 0, 20, 20]
     torch.testing.assert_close(near, torch.tensor(0.6), rtol=1e-3, atol=0)
+
+
+# -- how far off the filled image is ---------------------------------------------------------------
+
+
+def test_density_is_one_on_average_and_highest_at_seen_pixels():
+    seen = mask_of(0.2, 200)
+    _, density = set_convolution(torch.zeros(200, 1, 32, 32), seen, 0.2)
+    inside = density[:, :, 8:24, 8:24]
+    assert inside.mean().item() == pytest.approx(1, abs=0.02)
+    assert density[seen].mean() > 1.3 * density[~seen].mean()
+
+
+def test_guess_knows_the_error_it_was_measured_on():
+    """Of new images, told apart by their density: predicted against found, in five groups."""
+    g = torch.Generator().manual_seed(0)
+    x = gaussian_blur(torch.randn(400, 2, 32, 32, generator=g), 2.0) * 3
+    seen = mask_of(0.2, 400)
+    guess = Guess()
+    guess.measure(x[:200], seen[:200], 0.2)
+    cond = x[200:] * seen[200:]
+    given, mask, filled, density, variance = guess(cond, seen[200:], 0.2)
+    assert given is cond and torch.equal(mask, seen[200:]) and (variance > 0).all()
+    expected, _ = set_convolution(x[200:], seen[200:], 0.2)
+    torch.testing.assert_close(filled, expected)
+    error = ((filled - x[200:]) ** 2).mean(1, keepdim=True)
+    for part in density.flatten().argsort().tensor_split(5):
+        predicted, found = variance.flatten()[part].mean(), error.flatten()[part].mean()
+        assert predicted.item() == pytest.approx(found.item(), rel=0.15)
+    assert variance.max() > 3 * variance.min()
+
+
+def test_guess_survives_a_checkpoint():
+    first, second = Guess(), Guess()
+    first.log_variance.copy_(torch.linspace(-5, 0, 16))
+    second.load_state_dict(first.state_dict())
+    x, seen = torch.rand(1, 1, 16, 16), mask_of(0.2, 1, 16)
+    assert torch.equal(first(x * seen, seen, 0.2)[4], second(x * seen, seen, 0.2)[4])
+
+
+# -- the Gaussian conditional mean -----------------------------------------------------------------
+
+
+def test_gaussian_against_the_formula():
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(32, 32, generator=g, dtype=torch.float64) / 6
+    covariance, mean = root @ root.T, torch.randn(32, generator=g, dtype=torch.float64)
+    x = torch.randn(3, 2, 4, 4, generator=g, dtype=torch.float64)
+    seen = torch.rand(3, 1, 4, 4, generator=g) < 0.4
+    filled, std = GaussianFill(mean, covariance).fill(x, seen)
+    for i in range(3):
+        o = seen[i].expand(2, -1, -1).flatten()
+        u = ~o
+        gain = covariance[u][:, o] @ covariance[o][:, o].inverse()
+        row = x[i].flatten()
+        torch.testing.assert_close(filled[i].flatten()[u], mean[u] + gain @ (row[o] - mean[o]))
+        left = (covariance[u][:, u] - gain @ covariance[o][:, u]).diagonal()
+        torch.testing.assert_close(std[i].flatten()[u] ** 2, left, rtol=1e-6, atol=1e-9)
+        assert torch.equal(filled[i].flatten()[o], row[o]) and (std[i].flatten()[o] == 0).all()
+
+
+def test_gaussian_takes_any_mask():
+    x = torch.rand(2, 3, 4, 4)
+    fill = GaussianFill(torch.full((48,), 0.25).double(), torch.eye(48).double())
+    nothing, everything = torch.zeros(2, 1, 4, 4).bool(), torch.ones(2, 1, 4, 4).bool()
+    filled, std = fill.fill(x, nothing)
+    assert (filled == 0.25).all() and (std == 1).all()
+    filled, std = fill.fill(x, everything)
+    assert torch.equal(filled, x) and (std == 0).all()
+    per_channel = torch.rand(2, 3, 4, 4) < 0.5
+    filled, _ = fill.fill(x, per_channel)
+    assert torch.equal(filled, torch.where(per_channel, x, 0.25))
+
+
+def test_gaussian_is_fitted_in_batches(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    images = (torch.rand(300, 2, 3, 3, generator=g) * 255).byte()
+    rows = images.flatten(1).double() / 127.5 - 1
+    for batch in (64, 1000):
+        fitted = GaussianFill.fit(images, batch)
+        torch.testing.assert_close(fitted.mean, rows.mean(0), rtol=0, atol=1e-6)
+        expected = torch.cov(rows.T, correction=0) + 1e-5 * torch.eye(18).double()
+        torch.testing.assert_close(fitted.covariance, expected, rtol=0, atol=1e-6)
+    data = SimpleNamespace(images=images)
+    first = GaussianFill.beside(tmp_path / "gaussian.npz", data)
+    data.images = None  # the file is enough
+    again = GaussianFill.beside(tmp_path / "gaussian.npz", data)
+    assert torch.equal(first.mean, again.mean) and torch.equal(first.covariance, again.covariance)
+    torch.testing.assert_close(again.covariance, fitted.covariance, rtol=1e-6, atol=1e-7)
+
+
+def test_gaussian_intervals_hold_for_gaussian_images():
+    g = torch.Generator().manual_seed(0)
+    x = gaussian_blur(torch.randn(2000, 1, 8, 8, generator=g, dtype=torch.float32), 1.0)
+    images = ((x[:1500] + 1) * 127.5).round().clamp(0, 255).byte()
+    test, seen = x[1500:], mask_of(0.3, 500, 8)
+    filled, std = GaussianFill.fit(images).fill(test, seen)
+    inside = ((filled - test).abs() < 1.6449 * std)[~seen].float().mean().item()
+    assert inside == pytest.approx(0.9, abs=0.02)
+
+
+def test_baselines_by_name(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    truth, seen = torch.rand(3, 1, 8, 8, generator=g), mask_of(0.3, 3, 8)
+    data = SimpleNamespace(images=(255 * torch.rand(100, 1, 8, 8, generator=g)).byte())
+    config = SimpleNamespace(sparsity=0.3, baselines=True, sample=None, out_dir=str(tmp_path))
+    made = baselines({"truth": truth, "cond_mask": seen}, data, config)
+    assert set(made) == {"convolution", "gaussian", "gaussian_std"}
+    for name in ("convolution", "gaussian"):
+        torch.testing.assert_close(made[name][seen], truth[seen])
+    # Pixels that have nothing to do with each other: the best guess is the mean, off by the std.
+    assert made["gaussian_std"][~seen].mean().item() == pytest.approx(12**-0.5, rel=0.2)
+    assert (made["gaussian"][~seen] - 0.5).abs().mean() < 0.2
+    config.baselines = False
+    assert set(baselines({"truth": truth, "cond_mask": seen}, data, config)) == {"convolution"}

@@ -15,7 +15,9 @@ import ddpm
 import sparse_ddo
 import sparse_ddpm
 from fused_ddpm import graphed, graphs, ops, posterior_step, seeded_normal
+from fused_ddpm.fill import Guess
 from fused_ddpm.fno import FnoUnet
+from fused_ddpm.metrics import Intervals
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
 
@@ -267,7 +269,11 @@ def network(script, config):
         return FnoUnet(3, config)
     if script is cfg_ddpm:
         return Unet(3, 3, config, num_classes=4)
-    return Unet(9 if script is sparse_ddpm else 3, 3, config)
+    if script is sparse_ddpm:
+        net = Unet(11, 3, config)
+        net.guess, net.intervals = Guess(), Intervals()
+        return net
+    return Unet(3, 3, config)
 
 
 def attentive(script, **changes):

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from fused_ddpm.fill import interpolate
-from fused_ddpm.metrics import compare, evaluate, psnr, ssim, table
+from fused_ddpm.metrics import (
+    Intervals,
+    calibration,
+    compare,
+    crps,
+    evaluate,
+    psnr,
+    rank_histogram,
+    ssim,
+    table,
+)
 
 
 def pictures():
@@ -60,15 +70,25 @@ def found():
 def test_what_is_measured_where():
     made = found()
     truth, draws, seen, target = made.values()
-    metrics = evaluate(made, 0.2)
-    assert (metrics["num_images"], metrics["num_draws"], metrics["sparsity"]) == (3, 3, 0.2)
-    guesses = {"draw": draws[0], "mean": draws.mean(0), "baseline": interpolate(truth, seen, 0.2)}
+    made |= {"regression": 0.9 * truth, "convolution": interpolate(truth, seen, 0.2)}
+    metrics = evaluate(made)
+    assert (metrics["num_images"], metrics["num_draws"]) == (3, 3)
+    assert metrics["sparsity"] == pytest.approx(seen.float().mean().item())
+    guesses = {"draw": draws[0], "mean": draws.mean(0)}
+    guesses |= {name: made[name] for name in ("regression", "convolution")}
     for name, guess in guesses.items():
         for part, where in [(metrics, ~seen), (metrics["query"], target)]:
             assert part["psnr"][name] == psnr(guess, truth, where)
             assert part["ssim"][name] == ssim(guess, truth, where)
+    assert metrics["psnr"].keys() == guesses.keys()
     assert metrics["psnr"]["mean"] != metrics["query"]["psnr"]["mean"]
-    assert metrics.keys() == {"psnr", "ssim", "query", "num_images", "num_draws", "sparsity"}
+    parts = {"psnr", "ssim", "query", "calibration", "foreground"}
+    assert metrics.keys() == parts | {"num_images", "num_draws", "sparsity"}
+    assert metrics["calibration"] == calibration(draws, truth, ~seen)
+    bright = truth.amax(1, keepdim=True) > 0.03
+    assert metrics["foreground"] == calibration(draws, truth, ~seen & bright)
+    one = evaluate(made | {"draws": draws[:1]})  # has no spread
+    assert one.keys() == metrics.keys() - {"calibration", "foreground"}
 
 
 def test_compare_keeps_names_and_measures():
@@ -80,14 +100,90 @@ def test_compare_keeps_names_and_measures():
 
 
 def test_the_table_shows_them_all():
-    metrics = evaluate(found(), 0.2)
+    made = found()
+    made |= {name: made["truth"] for name in ("regression", "gaussian", "convolution")}
+    metrics = evaluate(made)
+    called = {"draw": "one draw", "mean": "mean of 3", "regression": "regression"}
+    called |= {"gaussian": "Gaussian", "convolution": "convolution"}
     for where, part in [("unseen", metrics), ("query", metrics["query"])]:
         first, *lines = table(metrics, where).splitlines()
         assert first == f"3 test images, {where} pixels only:"
-        called = {"draw": "one draw", "mean": "mean of 3", "baseline": "interpolation"}
-        assert len(lines) == 3
-        for line, (name, title) in zip(lines, called.items(), strict=True):
+        assert len(lines) == len(called) + (where == "unseen")
+        for line, (name, title) in zip(lines, called.items(), strict=False):
             decibels, similarity = part["psnr"][name], part["ssim"][name]
             assert line.split() == [
                 *title.split(), "PSNR", f"{decibels:.2f}", "dB", "SSIM", f"{similarity:.3f}"
             ]  # fmt: skip
+    last, ratio = table(metrics).splitlines()[-1], metrics["calibration"]["spread_over_skill"]
+    assert f"spread over skill {ratio:.2f}" in last and "should be 50.0%" in last
+
+
+# -- calibration -----------------------------------------------------------------------------------
+
+
+def exchangeable(k, n=64, scale=1.0, seed=0):
+    """(draws, truth, everywhere): K draws and the truth from one distribution in each pixel.
+
+    scale: what the draws' distance from its centre is multiplied with, to make them wrong.
+    """
+    g = torch.Generator().manual_seed(seed)
+    centre, std = 0.02 + torch.rand(2, n, 1, 32, 32, generator=g)
+    truth = centre + std * torch.randn(centre.shape, generator=g)
+    draws = centre + scale * std * torch.randn(k, *centre.shape, generator=g)
+    return draws, truth, torch.ones(n, 1, 32, 32, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_draws_of_the_posterior_are_calibrated(k):
+    c = calibration(*exchangeable(k))
+    assert c["spread_over_skill"] == pytest.approx(1, abs=0.01)
+    assert c["within_draws_expected"] == (k - 1) / (k + 1)
+    assert c["within_draws"] == pytest.approx((k - 1) / (k + 1), abs=0.01)
+    assert c["rank_histogram"] == pytest.approx([1 / (k + 1)] * (k + 1), abs=0.01)
+
+
+def test_narrow_and_wide_draws_show():
+    for scale, low in [(0.5, True), (2.0, False)]:
+        c = calibration(*exchangeable(8, scale=scale))
+        variance, error = (1 + 1 / 8) * scale**2, 1 + scale**2 / 8
+        assert c["spread_over_skill"] == pytest.approx((variance / error) ** 0.5, rel=0.02)
+        assert (c["within_draws"] < 0.7) == low
+        ends, middle = c["rank_histogram"][0], c["rank_histogram"][4]
+        assert (ends > 1.5 * middle) == low and (middle > 1.5 * ends) != low
+
+
+def test_crps_against_pairs_and_is_least_for_the_truth():
+    draws, truth, where = exchangeable(5, n=2)
+    pairs = sum((x - y).abs() for x in draws for y in draws) / (2 * 5 * 4)
+    direct = ((draws - truth).abs().mean(0) - pairs)[where].mean().item()
+    assert crps(draws, truth, where) == pytest.approx(direct, rel=1e-4)
+    scores = [crps(*exchangeable(8, scale=scale)) for scale in (0.7, 1.0, 1.4)]
+    assert scores[1] < min(scores[0], scores[2])
+    few, many = (crps(*exchangeable(k)) for k in (2, 16))  # fair: no matter how many
+    assert few == pytest.approx(many, rel=0.02)
+
+
+def test_ranks_split_ties_evenly():
+    truth, where = torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    draws = torch.tensor([0.0, 0.0, -1.0, 1.0]).view(4, 1, 1, 1, 1).expand(-1, 1, 1, 2, 2)
+    assert rank_histogram(draws, truth, where) == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_intervals_hold_on_images_they_were_not_fitted_on():
+    intervals = Intervals()
+    intervals.fit(*exchangeable(8, scale=0.6))  # too narrow by much
+    draws, truth, where = exchangeable(8, scale=0.6, seed=1)
+    for level in (0.5, 0.9):
+        assert intervals.coverage(draws, truth, where, level) == pytest.approx(level, abs=0.01)
+    narrow = draws.std(0) < draws.std(0).median()  # and for small spreads as for large ones
+    for part in (narrow, ~narrow):
+        assert intervals.coverage(draws, truth, part) == pytest.approx(0.9, abs=0.03)
+    again = Intervals()
+    again.load_state_dict(intervals.state_dict())
+    assert torch.equal(again.half_width(draws), intervals.half_width(draws))
+
+
+def test_one_draw_teaches_intervals_nothing():
+    intervals = Intervals()
+    intervals.fit(*exchangeable(1, n=2))
+    assert intervals.line.tolist() == [0, 1]

@@ -312,7 +312,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     run(tmp_path / "run", *flags.split())
     files = {p.name for p in (tmp_path / "run").iterdir()}
     pictures = {"loss.png", "reconstructions.png", "resolutions.png", "step_000060.png"}
-    arrays = {"reconstructions.npz", "samples.npy"}
+    arrays = {"reconstructions.npz", "samples.npy", "gaussian.npz"}
     assert files == pictures | arrays | {"last.pt", "config.json", "history.json", "metrics.json"}
     history = read_json(tmp_path / "run/history.json")
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 120
@@ -329,7 +329,8 @@ def test_a_run_learns_and_writes_everything(tmp_path):
         (metrics["query"], arrays["target_mask"]),
     ):
         tensors = [torch.from_numpy(x) for x in (draws.mean(0), truth, where)]
-        assert set(found["psnr"]) == set(found["ssim"]) == {"draw", "mean", "baseline"}
+        named = {"draw", "mean", "convolution", "gaussian"}
+        assert set(found["psnr"]) == set(found["ssim"]) == named
         assert found["psnr"]["mean"] == pytest.approx(psnr(*tensors), abs=1e-3)
         assert found["psnr"]["mean"] > psnr(0 * tensors[1] + 0.5, *tensors[1:]) + 1  # than grey
 

@@ -1,5 +1,8 @@
 """sparse_ddpm.py: what the network sees and is scored on, masks over time, reconstruction."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +11,10 @@ from PIL import Image
 
 import fused_ddpm.ops
 import sparse_ddpm as script
+from fused_ddpm.fill import Guess, set_convolution
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.masks import make_masks
-from fused_ddpm.metrics import psnr
+from fused_ddpm.metrics import Intervals, psnr
 from fused_ddpm.unet import Unet
 
 TINY = """--data shapes --device cpu --image-size 16 --dim 8 --dim-mults 1 2 --steps 6
@@ -28,7 +32,16 @@ def run(out_dir, *flags):
 def small_unet():
     torch.manual_seed(0)
     config = make_config(script, dim_mults=[1, 2, 4], attn_resolutions=[8])
-    return away_from_zero(Unet(9, 3, config))
+    net = away_from_zero(Unet(11, 3, config))
+    net.guess, net.intervals = Guess(), Intervals()
+    return net
+
+
+def context_of(x, mask, variance=0.3):
+    """What Guess makes of images x where mask is set, with an error of this variance anywhere."""
+    guess = Guess()
+    guess.log_variance.fill_(math.log(variance))
+    return guess(x * mask, mask, 0.2)
 
 
 def batch(n=4):
@@ -44,21 +57,27 @@ def test_network_sees_observed_pixels_only_and_loss_the_target_only():
     config = make_config(script, cond_weight=0.0, objective="x0")
     net, (x_start, noise) = small_unet(), batch()
     cond_mask, target_mask = masks = make_masks(torch.arange(4), 0, 16, config)
-    cond = x_start * cond_mask
-    out = script.predict(net, noise, T, cond, cond_mask, config)
-    unseen = torch.where(cond_mask, x_start, torch.randn_like(x_start)) * cond_mask
-    assert torch.equal(out, script.predict(net, noise, T, unseen, cond_mask, config))
-    changed = script.predict(net, noise, T, cond + 0.1 * cond_mask, cond_mask, config)
-    assert not torch.equal(out, changed)
+    alphas_cumprod = script.make_schedule("cosine", 50)
+
+    def out_of(x):
+        context = context_of(x, cond_mask)
+        return script.predict(net, noise, T, context, alphas_cumprod, config)[0]
+
+    unseen = torch.where(cond_mask, x_start, torch.randn_like(x_start))
+    assert torch.equal(out_of(x_start), out_of(unseen))
+    assert not torch.equal(out_of(x_start), out_of(x_start + 0.1))
 
     x_start.requires_grad_()
-    alphas_cumprod, shown = script.make_schedule("cosine", 50), []
+    shown, context = [], context_of(x_start, cond_mask)
     ignoring = lambda x, t: shown.append(x) or 0 * x[:, :3]
-    script.training_loss(ignoring, x_start, T, noise, masks, alphas_cumprod, config).backward()
+    rest = masks, context, alphas_cumprod, config
+    script.training_loss(ignoring, x_start, T, noise, *rest).backward()
     assert torch.equal(x_start.grad != 0, target_mask.expand_as(x_start) & (x_start != 0))
     a = alphas_cumprod.float()[T].view(-1, 1, 1, 1)
     x_t = a.sqrt() * x_start + (1 - a).sqrt() * noise
-    torch.testing.assert_close(shown[0], torch.cat([x_t, cond, cond_mask.expand(-1, 3, -1, -1)], 1))
+    filled, density = set_convolution(x_start * cond_mask, cond_mask, 0.2)
+    expected = torch.cat([x_t, x_start * cond_mask, cond_mask.float(), filled, density], dim=1)
+    torch.testing.assert_close(shown[0], expected)
 
 
 @pytest.mark.parametrize("cond_weight", [0.0, 0.05, 1.0])
@@ -68,27 +87,168 @@ def test_observed_pixels_weigh_as_asked(cond_weight):
     cond_mask, target_mask = masks = make_masks(torch.arange(4), 0, 16, config)
     error = 1.0 * target_mask + 2.0 * cond_mask + 100.0 * ~(target_mask | cond_mask)
     off = lambda x, t: x_start + error
-    alphas_cumprod = script.make_schedule("cosine", 50)
-    loss = script.training_loss(off, x_start, T, noise, masks, alphas_cumprod, config)
+    rest = masks, context_of(x_start, cond_mask), script.make_schedule("cosine", 50), config
+    loss = script.training_loss(off, x_start, T, noise, *rest)
     expected = (1 + cond_weight * 4) / (1 + cond_weight)  # as many of the one as of the other
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["eps", "v", "x0"])
+@pytest.mark.parametrize("objective", ["residual", "eps", "v", "x0"])
 def test_a_perfect_network_has_no_loss(objective):
     config, (x_start, noise) = make_config(script, objective=objective), batch()
     alphas_cumprod = script.make_schedule("cosine", 50)
     a = alphas_cumprod[T].view(-1, 1, 1, 1)
-    velocity = (a.sqrt() * noise - (1 - a).sqrt() * x_start).float()
-    perfect = {"eps": noise, "x0": x_start, "v": velocity}[objective]
     masks = make_masks(torch.arange(4), 0, 16, config)
+    filled, _ = set_convolution(x_start * masks[0], masks[0], 0.2)
+    # The docstring's formulas, in float64, for a filled image that is off by a variance of 0.3.
+    x_t = a.sqrt() * x_start + (1 - a).sqrt() * noise
+    precision = 1 / 0.3 + a / (1 - a)
+    b = (filled / 0.3 + x_t / a.sqrt() * (a / (1 - a))) / precision
+    perfect = {
+        "residual": (x_start - b) * precision.sqrt(),
+        "eps": noise,
+        "x0": x_start,
+        "v": a.sqrt() * noise - (1 - a).sqrt() * x_start,
+    }[objective].float()
 
     def loss_of(out):
-        net = lambda x, t: out
-        return script.training_loss(net, x_start, T, noise, masks, alphas_cumprod, config)
+        rest = masks, context_of(x_start, masks[0]), alphas_cumprod, config
+        return script.training_loss(lambda x, t: out, x_start, T, noise, *rest)
 
-    assert loss_of(perfect) < 1e-12
-    assert loss_of(perfect + 1) == pytest.approx(1)
+    assert loss_of(perfect) < 1e-9
+    assert loss_of(perfect + 1).item() == pytest.approx(1, rel=1e-4)
+
+
+def test_the_residual_has_variance_one_at_every_t():
+    """If the filled image is off by what Guess says; so one weight does for all t."""
+    g, variance = torch.Generator().manual_seed(0), 0.05
+    config, alphas_cumprod = make_config(script), script.make_schedule("cosine", 50)
+    x_start = torch.rand(1, 3, 16, 16, generator=g) - 0.5
+    filled = x_start + variance**0.5 * torch.randn(x_start.shape, generator=g)
+    for t in T:
+        noise = torch.randn(x_start.shape, generator=g)
+        x_t = script.q_sample(x_start, t[None], noise, alphas_cumprod)
+        context = x_start, torch.ones(1, 1, 16, 16), filled, x_start[:, :1], torch.tensor(variance)
+        nothing = lambda x, t: 0 * x[:, :3]
+        b, r = script.predict(nothing, x_t, t[None], context, alphas_cumprod, config)
+        residual = (x_start - b) / r
+        assert residual.square().mean().item() == pytest.approx(1, abs=4.5 * (2 / 768) ** 0.5)
+
+
+# -- a Gaussian posterior in closed form -----------------------------------------------------------
+
+SIDE, COUNT = 4, 20_000
+
+
+class LinearDenoiser:
+    """E[x_0 | x_t, x_O] of data N(mean, covariance), as the network whose residual leads to it."""
+
+    def __init__(self, alphas_cumprod):
+        g = torch.Generator().manual_seed(3)
+        place = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).double()
+        self.covariance = 0.04 * torch.exp(-torch.cdist(place, place) / 2)
+        self.mean = 0.2 * torch.rand(SIDE**2, generator=g, dtype=torch.float64) - 0.1
+        self.seen = torch.zeros(SIDE**2, dtype=torch.bool)
+        self.seen[[1, 6, 11, 12]] = True
+        self.value = torch.tensor([0.3, -0.2, 0.1, 0.25], dtype=torch.float64)
+        self.alphas_cumprod, self.variance, self.filled = alphas_cumprod, 0.07, 0.15
+
+    def guess(self, cond, mask, fraction):
+        like = torch.ones_like(cond)
+        return cond, mask, self.filled * like, like, self.variance * like
+
+    def posterior(self):
+        """(mean, covariance) of x_0 given the seen pixels."""
+        o, (m, c) = self.seen, (self.mean, self.covariance)
+        gain = c[:, o] @ c[o][:, o].inverse()
+        return m + gain @ (self.value - m[o]), c - gain @ c[o]
+
+    def of(self, t):
+        """(gain, offset) of E[x_0 | x_t, x_O] = gain x_t + offset."""
+        a = self.alphas_cumprod[t].item()
+        m, c = self.posterior()
+        gain = a**0.5 * c @ (a * c + (1 - a) * torch.eye(len(m))).inverse()
+        return gain, m - a**0.5 * gain @ m
+
+    def __call__(self, inputs, t):
+        a, b = self.alphas_cumprod[t[0]].item(), inputs[:, 0].flatten(1).double()
+        precision = 1 / self.variance + a / (1 - a)
+        x_t = (b * precision - self.filled / self.variance) * (1 - a) / a**0.5
+        gain, offset = self.of(t[0])
+        residual = (x_t @ gain.T + offset - b) * precision**0.5
+        return residual.float().view(-1, 1, SIDE, SIDE)
+
+
+def closed_form(net, config):
+    """(mean, covariance) of what the sampler returns: each of its steps is linear."""
+    timesteps, table = script.sampling_table(config)
+    m, c = torch.zeros(SIDE**2).double(), torch.eye(SIDE**2).double()
+    for t, (_, _, a, b, s) in zip(timesteps, table.double(), strict=True):
+        gain, offset = net.of(t)
+        if config.enforce_observed:
+            gain[net.seen] = 0
+            offset[net.seen] = net.value
+        step = a * gain + b * torch.eye(SIDE**2)
+        m, c = step @ m + a * offset, step @ c @ step.T + s**2 * torch.eye(SIDE**2)
+    return m, c
+
+
+@pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0)])
+def test_a_gaussian_posterior_comes_back(sampler, eta):
+    """At 20 of 1000 steps, with the spacing and clipping that ship: mean and covariance."""
+    options = dict(image_size=SIDE, num_timesteps=1000, sampler=sampler, eta=eta)
+    config = make_config(script, **options, sample_steps=20)
+    net = LinearDenoiser(script.make_schedule("cosine", 1000))
+    mask = net.seen.view(1, 1, SIDE, SIDE).expand(COUNT, -1, -1, -1)
+    cond = torch.zeros(SIDE**2)
+    cond[net.seen] = net.value.float()
+    cond = cond.view(1, 1, SIDE, SIDE).expand(COUNT, -1, -1, -1).contiguous()
+    *_, x = script.make_sampler(net, (1, SIDE, SIDE), config)(torch.arange(COUNT), cond, mask)
+    x = x.flatten(1).double()
+    assert torch.equal(x[:, net.seen].float(), cond.flatten(1)[:, net.seen])
+
+    m, c = closed_form(net, config)  # what these steps lead to, by the papers' formulas
+    u = ~net.seen
+    std = c.diagonal().clamp(min=0).sqrt()[u]
+    assert ((x.mean(0) - m)[u].abs() < 4.5 * std / COUNT**0.5).all()
+    sampled, c = torch.cov(x.T)[u][:, u], c[u][:, u]
+    error = (std[:, None] ** 2 * std**2 + c**2).sqrt() / COUNT**0.5
+    assert ((sampled - c).abs() < 5 * error).all()
+
+    exact_mean, exact = net.posterior()  # and that is near the posterior
+    assert (m - exact_mean).abs().max() < 0.01
+    narrow = (std**2 / exact.diagonal()[u]).sqrt()
+    assert 0.8 < narrow.min() and narrow.max() < 1.05
+    many = replace(config, sample_steps=1000, spacing=1.0)
+    m, c = closed_form(net, many)
+    torch.testing.assert_close(m, exact_mean, rtol=0, atol=1e-3)
+    torch.testing.assert_close(c, exact, rtol=0, atol=2e-3)
+
+
+def test_one_call_from_noise_is_the_posterior_mean():
+    config = make_config(script, image_size=SIDE, num_timesteps=1000, sample_steps=1)
+    net = LinearDenoiser(script.make_schedule("cosine", 1000))
+    mask = net.seen.view(1, 1, SIDE, SIDE)
+    cond = torch.zeros(1, 1, SIDE, SIDE)
+    cond[mask] = net.value.float()
+    *_, x = script.make_sampler(net, (1, SIDE, SIDE), config)(torch.arange(1), cond, mask)
+    expected, _ = net.posterior()
+    torch.testing.assert_close(x.flatten().double(), expected, rtol=0, atol=1e-3)
+
+
+def test_two_steps_with_one_answer_are_one_skip():
+    """DDIM without noise is a path: with the same x0_hat, over any timestep or past it."""
+    config = make_config(script, num_timesteps=1000, sampler="ddim", eta=0.0, sample_steps=30)
+    timesteps, table = script.sampling_table(config)
+    alphas_cumprod = script.make_schedule("cosine", 1000)
+    g = torch.Generator().manual_seed(0)
+    x_0, x = torch.rand(50, generator=g).double(), torch.randn(50, generator=g).double()
+    start = x
+    for row in table[:-1].double():
+        x = row[2] * x_0 + row[3] * x
+    at, a_s = alphas_cumprod[timesteps[0]], alphas_cumprod[timesteps[-1]]
+    noise = (start - at.sqrt() * x_0) / (1 - at).sqrt()
+    torch.testing.assert_close(x, a_s.sqrt() * x_0 + (1 - a_s).sqrt() * noise, rtol=0, atol=1e-5)
 
 
 # -- masks while training --------------------------------------------------------------------------
@@ -212,16 +372,26 @@ def test_same_seed_same_image(sampler, eta, monkeypatch):
     torch.testing.assert_close(last(), whole, rtol=0, atol=1e-4)
 
 
-def test_observed_pixels_are_put_back_at_the_end_if_asked():
+@pytest.mark.parametrize("objective", ["residual", "v"])
+def test_observed_pixels_are_put_back_if_asked(objective):
+    """At the end; for the residual also into x0_hat at every step."""
     net, index = small_unet().eval(), torch.arange(4)
     cond_mask, _ = make_masks(index, 0, 16, make_config(script))
     cond = batch()[0] * cond_mask
-    put_back, left = (
-        list(script.make_sampler(net, SHAPE, make_config(script, enforce_observed=enforced))(
-            index, cond, cond_mask))
-        for enforced in (True, False)
-    )  # fmt: skip
+    put_back, left = [], []
+    for enforced, steps in [(True, put_back), (False, left)]:
+        config = make_config(script, enforce_observed=enforced, objective=objective)
+        steps += script.make_sampler(net, SHAPE, config)(index, cond, cond_mask)
     assert len(put_back) == len(left) == 10
+    if objective == "residual":
+        _, table = script.sampling_table(config)
+        seen, x_t = cond_mask.expand_as(cond), fused_ddpm.seeded_normal(index, SHAPE)
+        for (_, _, a, b, s), x in zip(table, put_back[:-1], strict=False):
+            assert s == 0
+            torch.testing.assert_close(x[seen], (a * cond + b * x_t)[seen], rtol=0, atol=1e-5)
+            x_t = x
+        assert torch.equal(put_back[-1][seen], cond[seen])
+        return
     for x, y in zip(put_back[:-1], left[:-1], strict=True):
         assert torch.equal(x, y)
     assert torch.equal(put_back[-1], torch.where(cond_mask, cond, left[-1]))
@@ -236,14 +406,13 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     --sample-steps 8 --num-draws 4 --num-samples 40"""
     run(tmp_path / "run", *flags.split())
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    pictures = {"loss.png", "reconstructions.png", "step_000075.png"}
-    arrays = {"reconstructions.npz", "samples.npy"}
+    pictures = {"loss.png", "reconstructions.png", "step_000075.png", "ranks.png"}
+    arrays = {"reconstructions.npz", "samples.npy", "gaussian.npz"}
     about = {"last.pt", "config.json", "history.json", "metrics.json"}
     assert files == pictures | arrays | about
     history = read_json(tmp_path / "run/history.json")
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 150
-    assert history["val_loss"][-1] < 0.5 * history["val_loss"][0]
-    assert history["train_loss"][-1] < history["train_loss"][0]
+    assert history["val_loss"][-1] < 0.95 * history["val_loss"][0]  # from near 1, by design
     arrays = np.load(tmp_path / "run/reconstructions.npz")
     draws, truth = arrays["draws"], arrays["truth"]
     assert draws.shape == (4, 40, *SHAPE) and draws.dtype == np.float32
@@ -254,14 +423,19 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     for draw in draws:
         assert np.array_equal(draw[seen], truth[seen])
     metrics = read_json(tmp_path / "run/metrics.json")
-    named = {"num_images": 40, "num_draws": 4, "sparsity": 0.2}
-    assert metrics == metrics | named and set(metrics) == {"psnr", "ssim", "query", *named}
+    named = {"num_images": 40, "num_draws": 4, "sparsity": pytest.approx(51 / 256)}
+    parts = {"psnr", "ssim", "query", "calibration", "foreground", "gaussian_interval_90%"}
+    assert metrics == metrics | named and set(metrics) == {*parts, *named}
+    for name in ("regression", "gaussian", "convolution"):
+        x = torch.from_numpy(arrays[name])
+        at = psnr(x, torch.from_numpy(truth), torch.from_numpy(~arrays["cond_mask"]))
+        assert metrics["psnr"][name] == pytest.approx(at, abs=1e-3)
     where = {"psnr": ~arrays["cond_mask"], "query": arrays["target_mask"]}
     for found, region in ((metrics, "psnr"), (metrics["query"], "query")):
         tensors = (torch.from_numpy(x) for x in (draws.mean(0), truth, where[region]))
         assert found["psnr"]["mean"] == pytest.approx(psnr(*tensors), abs=1e-3)
-    grey = psnr(*map(torch.from_numpy, (0 * truth + 0.5, truth, where["psnr"])))
-    assert metrics["psnr"]["mean"] > grey + 5  # what an untrained network makes of it
+    # The convolution is what an untrained network makes of it.
+    assert metrics["psnr"]["regression"] > metrics["psnr"]["convolution"] + 0.25
     samples = np.load(tmp_path / "run/samples.npy")
     assert samples.shape == (40, 16, 16, 3) and samples.dtype == np.uint8
     expected = np.round(draws[0].transpose(0, 2, 3, 1) * 255)
@@ -281,8 +455,8 @@ def test_a_run_beats_interpolation(tmp_path):
     run(tmp_path / "run", "--data", str(tmp_path / "boards"), *flags.split())
     metrics = read_json(tmp_path / "run/metrics.json")
     for found in (metrics, metrics["query"]):
-        assert found["psnr"]["mean"] > found["psnr"]["baseline"] + 3
-        assert found["ssim"]["mean"] > found["ssim"]["baseline"] + 0.4
+        assert found["psnr"]["mean"] > found["psnr"]["convolution"] + 3
+        assert found["ssim"]["mean"] > found["ssim"]["convolution"] + 0.4
 
 
 def test_more_draws_from_a_checkpoint(tmp_path):
