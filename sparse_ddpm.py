@@ -1,23 +1,24 @@
 """Sparse diffusion: see 20% of the pixels of an image, take the loss on another 20%, return it all.
 
 A DDPM (see ddpm.py) whose network also sees a sparse image. Two disjoint pixel masks are drawn for
-each training image, m_c (conditioning) and m_t (target), shared by all channels. The network f sees
-x_t, m_c x_0 and m_c, and is scored on the target pixels, a little on the observed ones:
+each training image, m_c (conditioning) and m_t (target), shared by all channels:
 
-    loss = sum w (x0_hat - x_0)^2 P / sum w,    w = min(m_t + 0.05 m_c, 1)
+    loss = sum w P (x0_hat - x_0)^2 / sum w,    w = m_t + 0.05 m_c
 
-So the loss touches 20% of an image; x_t is made from all of it: this is training on complete images
-with a masked loss. What f predicts is the residual to the best linear guess (preconditioning,
-Karras et al. 2022, with a mean). Filling in the sparse image by normalised convolution gives h, off
-by a variance s^2 that depends on how many pixels are seen nearby; x_t / sqrt(a_t) is off by
-(1 - a_t) / a_t. Weighted by their precisions the two give b, of precision P:
+So the loss touches the target pixels, and a little the observed ones; x_t is made from all of them:
+this is training on complete images with a masked loss. What the network f predicts is the residual
+to the best linear guess (preconditioning, Karras et al. 2022, with a mean). The sparse image filled
+in by normalised convolution, h, smooth at the seen pixels too, is off by a variance v that depends
+on how many pixels are seen nearby; x_t / sqrt(a_t) is off by (1 - a_t) / a_t. Weighted by their
+precisions they give the guess g, of precision P:
 
-    P = 1 / s^2 + a_t / (1 - a_t),    b = (h / s^2 + x_t sqrt(a_t) / (1 - a_t)) / P
-    x0_hat = b + f / sqrt(P)          so that f has to have variance 1 or so at every t
+    P = 1 / v + a_t / (1 - a_t),    g = (h / v + x_t sqrt(a_t) / (1 - a_t)) / P
+    x0_hat = g + f / sqrt(P)        so that f has to have variance 1 or so at every t
 
-Sampling runs the reverse process with the observed pixels as input at every step. K draws from
-different noise agree on them and differ elsewhere: their mean has the least error, their spread
-says where the network is guessing. One call from pure noise is the posterior mean at once.
+f sees g, m_c x_0, m_c, h and the density of seen pixels. Sampling runs the reverse process with the
+same at every step. K draws from different noise agree on the observed pixels and differ elsewhere:
+their mean has the least error, their spread says where the network is guessing. One call from pure
+noise, which says nothing about the image, is the posterior mean at once.
 
     python sparse_ddpm.py --sparsity 0.2                         # train, reconstruct, draw
     python sparse_ddpm.py --data path/to/photos --preset full    # your own images, on a GPU
@@ -35,7 +36,7 @@ import torch.nn as nn
 
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
-from fused_ddpm.fill import Guess, baselines
+from fused_ddpm.fill import LinearFill, baselines
 from fused_ddpm.images import Data, as_file, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
 from fused_ddpm.metrics import Intervals, evaluate, table
@@ -59,6 +60,7 @@ class Model:  # what the weights are: fixed with a checkpoint
     num_timesteps: int = flag(1000, "T, steps of the forward process")
     schedule: str = flag("cosine", "of beta", ["linear", "cosine", "sigmoid"], full="linear")
     objective: str = flag("residual", "what the network predicts", ["residual", "eps", "v", "x0"])
+    sparsity: float = flag(0.2, "fraction of the pixels that the network sees", within="(0, 1)")
 
 
 @dataclass
@@ -66,10 +68,9 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     data: str = flag("auto", "fashion_mnist, mnist, cifar10, shapes, or a folder of images")
     flip: bool = flag(False, "mirror half of the training images", full=True)
     dropout: float = flag(0.0, "inside the residual blocks", full=0.1, within="[0, 1)")
-    sparsity: float = flag(0.2, "fraction of the pixels that the network sees", within="(0, 1)")
-    target_sparsity: float | None = flag(None, "that the loss is on; the same", within="(0, 1)")
+    target_sparsity: float | None = flag(None, "the loss is on; None: as sparsity", within="(0, 1)")
     cond_weight: float = flag(0.05, "weight of the observed pixels in the loss", within="[0, 1]")
-    mask_mode: str = flag("random_epoch", "when masks are new", ["random_epoch", "fixed", "random"])
+    mask_mode: str = flag("random_epoch", "when they change", ["random_epoch", "fixed", "random"])
     mask_pattern: str = flag("random", "how the pixels are scattered", list(PATTERNS))
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
     steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
@@ -90,7 +91,7 @@ class Sampling:  # how they are used: free
     variance: str = flag("small", "of DDPM's steps: the posterior's, or beta", ["small", "large"])
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
-    enforce_observed: bool = flag(True, "observed pixels are kept, at every step")
+    enforce_observed: bool = flag(True, "keep the observed pixels, at every step")
     baselines: bool = flag(True, "also the Gaussian conditional mean; memory (C H W)^2")
 
 
@@ -179,36 +180,36 @@ def q_sample(x_start, t, noise, alphas_cumprod):
 
 
 def predict(model, x_t, t, context, alphas_cumprod, config):
-    """(out, r): what config.objective says, for the residual x0_hat, and the error to expect of it.
+    """(x0_hat, k): x0_hat = known + k f, whatever the objective; k is how far f can move it.
 
-    context: what Guess makes of the sparse image. r is 1 but for the residual.
+    context: what LinearFill makes of the sparse image.
     """
     cond, seen, filled, density, variance = context
-    x, r = x_t, 1
-    if config.objective == "residual":  # b and P^-1/2
-        a_t = alphas_cumprod[t].float().view(-1, 1, 1, 1)
-        precision = 1 / variance + a_t / (1 - a_t)  # of the filled image and of x_t / sqrt(a_t)
-        x = (filled / variance + x_t * a_t.sqrt() / (1 - a_t)) / precision
-        r = precision.rsqrt()
+    a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
+    if config.objective == "residual":
+        precision = 1 / variance + (a_t / (1 - a_t)).float()
+        of_x = (a_t.sqrt() / (1 - a_t)).float()
+        x = known = (filled / variance + of_x * x_t) / precision
+        k = precision.rsqrt()
+    else:
+        k_x, k = (number.float() for number in x0_from_output(config.objective, a_t))
+        x, known = x_t, k_x * x_t
     inputs = torch.cat([x, cond, seen.to(x.dtype), filled, density], dim=1)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.bfloat16):
         out = model(inputs, t)
-    return (x + r * out, r) if config.objective == "residual" else (out, r)
+    return known + k * out, k
 
 
 def training_loss(model, x_start, t, noise, masks, context, alphas_cumprod, config):
-    """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks, context: of make_masks, Guess."""
+    """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks, context: make_masks, LinearFill.
+
+    In units of k it is the loss of f itself: for eps of the noise, for v of the velocity.
+    """
     cond_mask, target_mask = masks
     x_t = q_sample(x_start, t, noise, alphas_cumprod)
-    out, r = predict(model, x_t, t, context, alphas_cumprod, config)
-    if config.objective == "eps":
-        goal = noise
-    elif config.objective == "v":  # sqrt(a_t) noise - sqrt(1 - a_t) x_0
-        goal = q_sample(noise, t, -x_start, alphas_cumprod)
-    else:
-        goal = x_start
+    x0_hat, k = predict(model, x_t, t, context, alphas_cumprod, config)
     w = config.cond_weight
-    return masked_loss(out / r, goal / r, target_mask, cond_mask, w, config.loss)
+    return masked_loss(x0_hat / k, x_start / k, target_mask, cond_mask, w, config.loss)
 
 
 def make_sampler(model, shape, config):
@@ -218,24 +219,24 @@ def make_sampler(model, shape, config):
     An image is a function of its own seed, pixels and mask alone.
     """
     timesteps, coefficients = sampling_table(config)
+    coefficients[:, :2] = torch.tensor([0.0, 1.0])  # k_x, k_o: predict gives x0_hat, clipped there
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
 
     @graphed  # on a GPU one launch a step, network and all
     def reverse_step(x_t, step, seeds, *context):
         t = timesteps[step].expand(len(x_t))
-        out, _ = predict(model, x_t, t, context, alphas_cumprod, config)
-        if config.enforce_observed and config.objective == "residual":
-            out = torch.where(context[1], context[0], out)
-        return posterior_step(x_t, out, coefficients, step, seeds)
+        x0_hat, _ = predict(model, x_t, t, context, alphas_cumprod, config)
+        if config.enforce_observed:
+            cond, seen, *_ = context
+            x0_hat = torch.where(seen, cond, x0_hat)
+        return posterior_step(x_t, x0_hat, coefficients, step, seeds)
 
     @torch.no_grad()
     def sample(seeds, cond, cond_mask):
-        context = model.guess(cond, cond_mask, config.sparsity)
+        context = model.fill(cond, cond_mask, config.sparsity)
         x_t = seeded_normal(seeds, shape)
         for step in range(config.sample_steps):
             x_t = reverse_step(x_t, step, seeds, *context)
-            if config.enforce_observed and step + 1 == config.sample_steps:
-                x_t = torch.where(cond_mask, cond, x_t)
             yield x_t
 
     return sample
@@ -268,7 +269,7 @@ def held_out_losses(model, held_out, alphas_cumprod, config):
         t = torch.linspace(0, config.num_timesteps - 1, len(index), device=images.device).long()
         noise, x_start = seeded_normal(index, images.shape[1:]), to_float(images)
         masks = held_out_masks(len(images), config)
-        context = model.guess(x_start * masks[0], masks[0], config.sparsity)
+        context = model.fill(x_start * masks[0], masks[0], config.sparsity)
         loss = training_loss(model, x_start, t, noise, masks, context, alphas_cumprod, config)
         losses[f"{part}_loss"] = loss
     return losses
@@ -282,15 +283,15 @@ def train(run, model, ema, data, config):
     if run.state["step"] == 0:  # how far off the filled images are
         index = torch.arange(len(data.images), device=config.device)[:1024]
         mask, _ = make_masks(run.seeds(index), 0, config.image_size, config)
-        model.guess.measure(to_float(data.images[index]), mask, config.sparsity)
-        ema.guess.load_state_dict(model.guess.state_dict())
+        model.fill.measure(to_float(data.images[index]), mask, config.sparsity)
+        ema.fill.load_state_dict(model.fill.state_dict())
     network = run.parallel(model)  # over all processes; model itself where there is one
 
     for step in run.steps():
         index, keys = run.batch(step, len(data.images))  # a key to all that is random of an image
         x_start = to_float(data.images[index])
-        time = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
-        masks = make_masks(run.seeds(index), time, config.image_size, config)
+        mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
+        masks = make_masks(run.seeds(index), mask_epoch, config.image_size, config)
         t = seeded_integers(keys, config.num_timesteps, TIMESTEP)
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
@@ -300,7 +301,7 @@ def train(run, model, ema, data, config):
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        context = model.guess(x_start * masks[0], masks[0], config.sparsity)
+        context = model.fill(x_start * masks[0], masks[0], config.sparsity)
         loss = training_loss(network, x_start, t, noise, masks, context, alphas_cumprod, config)
         optimizer.zero_grad()
         loss.backward()
@@ -326,7 +327,7 @@ def train(run, model, ema, data, config):
 
 
 def held_out_masks(n, config):
-    """Masks of held-out images 0..n-1: apart from those of training, the same in every run."""
+    """Masks of held-out images 0..n-1: apart from those of training, the same for a seed."""
     index = torch.arange(n, device=config.device)
     return make_masks((config.seed << 32) + TEST_INDEX + index, 0, config.image_size, config)
 
@@ -357,8 +358,9 @@ def main(argv=None):
         config = run.config
         data = Data(config, run.facts)
         torch.manual_seed(config.seed)  # of the first weights
-        model = Unet(3 * data.shape[0] + 2, data.shape[0], config)
-        model.guess, model.intervals = Guess(), Intervals()
+        channels = data.shape[0]
+        model = Unet(3 * channels + 2, channels, config)  # g, m_c x_0, h: C each; m_c, density
+        model.fill, model.intervals = LinearFill(), Intervals()
         model = model.to(config.device, memory_format=torch.channels_last)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         run.introduce(model, data)

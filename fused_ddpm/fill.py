@@ -55,7 +55,7 @@ def interpolate(x, mask, fraction):
     return torch.where(mask, x, set_convolution(x, mask, fraction)[0])
 
 
-class Guess(nn.Module):
+class LinearFill(nn.Module):
     """The filled image, and the variance of its error, as a function of the density.
 
     That function is a table, measured on training images and kept in the checkpoint. It goes on

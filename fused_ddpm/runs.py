@@ -158,8 +158,9 @@ class Run:
         self.say(f"{millions:.2f}M parameters, output in {self.dir}/")
         if not config.sample and rank() == 0:
             if not self.checkpoint:  # --overwrite: none of these to be taken for the new run's
-                for old in [*self.dir.glob("last.pt"), *self.dir.glob("step_*.png")]:
-                    old.unlink()
+                for name in ("last.pt", "gaussian.npz", "step_*.png"):
+                    for old in self.dir.glob(name):
+                        old.unlink()
             self.write("config.json", asdict(config))
 
     def restore(self, **parts):

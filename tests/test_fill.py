@@ -8,7 +8,7 @@ import torch
 
 from fused_ddpm.fill import (
     GaussianFill,
-    Guess,
+    LinearFill,
     baselines,
     gaussian_blur,
     interpolate,
@@ -100,15 +100,15 @@ def test_density_is_one_on_average_and_highest_at_seen_pixels():
     assert density[seen].mean() > 1.3 * density[~seen].mean()
 
 
-def test_guess_knows_the_error_it_was_measured_on():
+def test_the_filled_image_knows_the_error_it_was_measured_on():
     """Of new images, told apart by their density: predicted against found, in five groups."""
     g = torch.Generator().manual_seed(0)
     x = gaussian_blur(torch.randn(400, 2, 32, 32, generator=g), 2.0) * 3
     seen = mask_of(0.2, 400)
-    guess = Guess()
-    guess.measure(x[:200], seen[:200], 0.2)
+    fill = LinearFill()
+    fill.measure(x[:200], seen[:200], 0.2)
     cond = x[200:] * seen[200:]
-    given, mask, filled, density, variance = guess(cond, seen[200:], 0.2)
+    given, mask, filled, density, variance = fill(cond, seen[200:], 0.2)
     assert given is cond and torch.equal(mask, seen[200:]) and (variance > 0).all()
     expected, _ = set_convolution(x[200:], seen[200:], 0.2)
     torch.testing.assert_close(filled, expected)
@@ -119,8 +119,8 @@ def test_guess_knows_the_error_it_was_measured_on():
     assert variance.max() > 3 * variance.min()
 
 
-def test_guess_survives_a_checkpoint():
-    first, second = Guess(), Guess()
+def test_its_error_survives_a_checkpoint():
+    first, second = LinearFill(), LinearFill()
     first.log_variance.copy_(torch.linspace(-5, 0, 16))
     second.load_state_dict(first.state_dict())
     x, seen = torch.rand(1, 1, 16, 16), mask_of(0.2, 1, 16)

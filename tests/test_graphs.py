@@ -15,7 +15,7 @@ import ddpm
 import sparse_ddo
 import sparse_ddpm
 from fused_ddpm import graphed, graphs, ops, posterior_step, seeded_normal
-from fused_ddpm.fill import Guess
+from fused_ddpm.fill import LinearFill
 from fused_ddpm.fno import FnoUnet
 from fused_ddpm.metrics import Intervals
 from fused_ddpm.runs import Run
@@ -271,7 +271,7 @@ def network(script, config):
         return Unet(3, 3, config, num_classes=4)
     if script is sparse_ddpm:
         net = Unet(11, 3, config)
-        net.guess, net.intervals = Guess(), Intervals()
+        net.fill, net.intervals = LinearFill(), Intervals()
         return net
     return Unet(3, 3, config)
 

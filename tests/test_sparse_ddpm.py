@@ -11,7 +11,7 @@ from PIL import Image
 
 import fused_ddpm.ops
 import sparse_ddpm as script
-from fused_ddpm.fill import Guess, set_convolution
+from fused_ddpm.fill import LinearFill, set_convolution
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.masks import make_masks
 from fused_ddpm.metrics import Intervals, psnr
@@ -33,15 +33,15 @@ def small_unet():
     torch.manual_seed(0)
     config = make_config(script, dim_mults=[1, 2, 4], attn_resolutions=[8])
     net = away_from_zero(Unet(11, 3, config))
-    net.guess, net.intervals = Guess(), Intervals()
+    net.fill, net.intervals = LinearFill(), Intervals()
     return net
 
 
 def context_of(x, mask, variance=0.3):
-    """What Guess makes of images x where mask is set, with an error of this variance anywhere."""
-    guess = Guess()
-    guess.log_variance.fill_(math.log(variance))
-    return guess(x * mask, mask, 0.2)
+    """What LinearFill makes of images x where mask is set, off by this variance anywhere."""
+    fill = LinearFill()
+    fill.log_variance.fill_(math.log(variance))
+    return fill(x * mask, mask, 0.2)
 
 
 def batch(n=4):
@@ -103,9 +103,9 @@ def test_a_perfect_network_has_no_loss(objective):
     # The docstring's formulas, in float64, for a filled image that is off by a variance of 0.3.
     x_t = a.sqrt() * x_start + (1 - a).sqrt() * noise
     precision = 1 / 0.3 + a / (1 - a)
-    b = (filled / 0.3 + x_t / a.sqrt() * (a / (1 - a))) / precision
+    g = (filled / 0.3 + x_t / a.sqrt() * (a / (1 - a))) / precision
     perfect = {
-        "residual": (x_start - b) * precision.sqrt(),
+        "residual": (x_start - g) * precision.sqrt(),
         "eps": noise,
         "x0": x_start,
         "v": a.sqrt() * noise - (1 - a).sqrt() * x_start,
@@ -120,7 +120,7 @@ def test_a_perfect_network_has_no_loss(objective):
 
 
 def test_the_residual_has_variance_one_at_every_t():
-    """If the filled image is off by what Guess says; so one weight does for all t."""
+    """If the filled image is off by what LinearFill says; so one weight does for all t."""
     g, variance = torch.Generator().manual_seed(0), 0.05
     config, alphas_cumprod = make_config(script), script.make_schedule("cosine", 50)
     x_start = torch.rand(1, 3, 16, 16, generator=g) - 0.5
@@ -130,8 +130,8 @@ def test_the_residual_has_variance_one_at_every_t():
         x_t = script.q_sample(x_start, t[None], noise, alphas_cumprod)
         context = x_start, torch.ones(1, 1, 16, 16), filled, x_start[:, :1], torch.tensor(variance)
         nothing = lambda x, t: 0 * x[:, :3]
-        b, r = script.predict(nothing, x_t, t[None], context, alphas_cumprod, config)
-        residual = (x_start - b) / r
+        guess, k = script.predict(nothing, x_t, t[None], context, alphas_cumprod, config)
+        residual = (x_start - guess) / k
         assert residual.square().mean().item() == pytest.approx(1, abs=4.5 * (2 / 768) ** 0.5)
 
 
@@ -153,7 +153,7 @@ class LinearDenoiser:
         self.value = torch.tensor([0.3, -0.2, 0.1, 0.25], dtype=torch.float64)
         self.alphas_cumprod, self.variance, self.filled = alphas_cumprod, 0.07, 0.15
 
-    def guess(self, cond, mask, fraction):
+    def fill(self, cond, mask, fraction):
         like = torch.ones_like(cond)
         return cond, mask, self.filled * like, like, self.variance * like
 
@@ -373,28 +373,22 @@ def test_same_seed_same_image(sampler, eta, monkeypatch):
 
 
 @pytest.mark.parametrize("objective", ["residual", "v"])
-def test_observed_pixels_are_put_back_if_asked(objective):
-    """At the end; for the residual also into x0_hat at every step."""
+def test_observed_pixels_are_kept_at_every_step_if_asked(objective):
     net, index = small_unet().eval(), torch.arange(4)
     cond_mask, _ = make_masks(index, 0, 16, make_config(script))
     cond = batch()[0] * cond_mask
-    put_back, left = [], []
-    for enforced, steps in [(True, put_back), (False, left)]:
+    kept, left = [], []
+    for enforced, steps in [(True, kept), (False, left)]:
         config = make_config(script, enforce_observed=enforced, objective=objective)
         steps += script.make_sampler(net, SHAPE, config)(index, cond, cond_mask)
-    assert len(put_back) == len(left) == 10
-    if objective == "residual":
-        _, table = script.sampling_table(config)
-        seen, x_t = cond_mask.expand_as(cond), fused_ddpm.seeded_normal(index, SHAPE)
-        for (_, _, a, b, s), x in zip(table, put_back[:-1], strict=False):
-            assert s == 0
-            torch.testing.assert_close(x[seen], (a * cond + b * x_t)[seen], rtol=0, atol=1e-5)
-            x_t = x
-        assert torch.equal(put_back[-1][seen], cond[seen])
-        return
-    for x, y in zip(put_back[:-1], left[:-1], strict=True):
-        assert torch.equal(x, y)
-    assert torch.equal(put_back[-1], torch.where(cond_mask, cond, left[-1]))
+    assert len(kept) == len(left) == 10
+    _, table = script.sampling_table(config)
+    seen, x_t = cond_mask.expand_as(cond), fused_ddpm.seeded_normal(index, SHAPE)
+    for (_, _, a, b, s), x in zip(table, kept, strict=True):  # as if the network had known them
+        assert s == 0
+        torch.testing.assert_close(x[seen], (a * cond + b * x_t)[seen], rtol=0, atol=1e-5)
+        x_t = x
+    assert torch.equal(kept[-1][seen], cond[seen])
     assert ((left[-1] - cond).abs() * cond_mask).max() > 0.1
 
 
