@@ -41,11 +41,11 @@ from fused_ddpm import graphed, masked_loss, seeded_integers, seeded_normal, see
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
 from fused_ddpm.fno import FnoUnet, places_in_shells, prepare_to_compile, resize
-from fused_ddpm.images import Data, as_file, to_float, to_unit
+from fused_ddpm.images import Data, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
-from fused_ddpm.metrics import evaluate, table
 from fused_ddpm.noise import MIRROR, STEP_NOISE, TIMESTEP, TRAIN_NOISE
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_sheet, show_seen
+from fused_ddpm.results import write_results
 from fused_ddpm.runs import Run
 
 # --------------------------------------------------------------------------------------------------
@@ -382,18 +382,12 @@ def main(argv=None):
 
         if config.compile:
             ema.compile()
-        images = data.test[: config.num_samples]
+        images = data.test(config.num_samples)
         found = reconstruct(run, ema, images, config.num_draws, config, file="draws.npy")
+        run.write("resolutions.png", draw_resolutions(run, ema, data.test(6), config))
         found |= baselines(found, data, config)
-        at_m = found | {"draws": resize(found["draws"], data.shape[-1])}  # what both grids hold
-        metrics = evaluate(at_m)
-        run.write("metrics.json", metrics)
-        run.write("reconstructions.npz", found)
-        run.write("samples.npy", as_file(found["draws"][0]))
-        run.write("reconstructions.png", draw_reconstructions(at_m))
-        run.write("resolutions.png", draw_resolutions(run, ema, data.test[:6], config))
-        run.say(table(metrics) + "\n" + table(metrics, "query"))
-        run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
+        draws = resize(found["draws"], data.shape[-1])  # of another grid, what both can hold
+        write_results(run, found, draws=draws, regions=("unseen", "query"))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,12 @@ import torch.nn as nn
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import LinearFill, baselines
-from fused_ddpm.images import Data, as_file, to_float, to_unit
+from fused_ddpm.images import Data, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
-from fused_ddpm.metrics import Intervals, evaluate, table
+from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers
-from fused_ddpm.pictures import draw_losses, draw_ranks, draw_reconstructions
+from fused_ddpm.pictures import draw_losses, draw_reconstructions
+from fused_ddpm.results import write_results
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
 
@@ -281,7 +282,8 @@ def train(run, model, ema, data, config):
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     run.restore(model=model, ema=ema, optimizer=optimizer)
     if run.state["step"] == 0:  # how far off the filled images are
-        index = torch.arange(len(data.images), device=config.device)[:1024]
+        few = max(2**20 // config.image_size**2, 16)
+        index = torch.arange(len(data.images), device=config.device)[:few]
         mask, _ = make_masks(run.seeds(index), 0, config.image_size, config)
         model.fill.measure(to_float(data.images[index]), mask, config.sparsity)
         ema.fill.load_state_dict(model.fill.state_dict())
@@ -313,9 +315,6 @@ def train(run, model, ema, data, config):
         if run.reports(step):  # with saving, the only time the host waits for the device
             run.report(step, **held_out_losses(ema, data.held_out, alphas_cumprod, config))
         if run.saves(step):  # also when told to stop
-            if run.last(step):
-                found = reconstruct(run, ema, data.held_out["val"][0][:64], config)
-                ema.intervals.fit(found["draws"], found["truth"], ~found["cond_mask"])
             run.save(step, model=model, ema=ema, optimizer=optimizer)
         if run.draws(step):
             few = replace(config, num_draws=2)
@@ -370,23 +369,19 @@ def main(argv=None):
         else:
             train(run, model, ema, data, config)
             run.write("loss.png", draw_losses(run.history))
+            found = reconstruct(run, ema, data.held_out["val"][0][:64], config)
+            steps, unseen = config.sample_steps, ~found["cond_mask"]
+            ema.intervals.fit(found["draws"], found["truth"], unseen, steps)
+            run.save()  # with the intervals
 
         if config.compile:
             ema.compile()
-        images = data.test[: config.num_samples]
+        images = data.test(config.num_samples)
         found = reconstruct(run, ema, images, config, file="draws.npy")
         once = replace(config, sample_steps=1, num_draws=1)  # from noise: the posterior mean
         found["regression"] = reconstruct(run, ema, images, once)["draws"][0]
         found |= baselines(found, data, config)
-        metrics = evaluate(found, ema.intervals)
-        run.write("metrics.json", metrics)
-        run.write("reconstructions.npz", found)
-        run.write("samples.npy", as_file(found["draws"][0]))
-        run.write("reconstructions.png", draw_reconstructions(found, ema.intervals))
-        if config.num_draws > 1:
-            run.write("ranks.png", draw_ranks(metrics))
-        run.say(table(metrics))
-        run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
+        write_results(run, found, ema.intervals if ema.intervals.fit_to(config) else None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from fused_ddpm.files import write
 from fused_ddpm.images import to_float
-from fused_ddpm.processes import rank
+from fused_ddpm.processes import from_first, rank
 
 
 @functools.cache
@@ -122,14 +122,33 @@ class GaussianFill:
         return cls(mean, covariance / len(images) + ridge)
 
     @classmethod
-    def beside(cls, path, data):
-        """From a file, or else fitted to data.images and left in that file, in float32."""
+    def of(cls, data, config):
+        """That of data.images, from a gaussian.npz beside the checkpoint or in out_dir; or else it
+        is fitted, and left in out_dir in float32. In the first process; None in the others."""
+        about = f"{data.name} {data.shape}"
+        folders = [Path(config.out_dir)]
+        if config.sample:
+            folders.append(Path(config.sample).parent)
+        there = [cls.read(folder / "gaussian.npz", about) for folder in folders if rank() == 0]
+        found = next((gaussian for gaussian in there if gaussian), None)
+        if not from_first(found is not None):
+            images = data.images  # in all processes, of which the first may have to download
+            if rank() == 0:
+                fitted = cls.fit(images)
+                arrays = {"mean": fitted.mean, "covariance": fitted.covariance}
+                arrays = {name: x.float().cpu().numpy() for name, x in arrays.items()}
+                write(Path(config.out_dir, "gaussian.npz"), arrays | {"about": np.array(about)})
+                found = cls(*(torch.from_numpy(x).double() for x in arrays.values()))
+        return found
+
+    @classmethod
+    def read(cls, path, about):
+        """None where that is not what the file is about."""
         if not path.exists():
-            fitted = cls.fit(data.images)
-            arrays = {"mean": fitted.mean.cpu(), "covariance": fitted.covariance.cpu()}
-            write(path, {name: x.numpy().astype(np.float32) for name, x in arrays.items()})
+            return None
         with np.load(path) as saved:
-            return cls(*(torch.from_numpy(saved[k]).double() for k in ("mean", "covariance")))
+            if saved.get("about", "") == about:
+                return cls(*(torch.from_numpy(saved[k]).double() for k in ("mean", "covariance")))
 
     def fill(self, x, mask):
         """(mean, standard deviation), each like x (N, C, H, W): x itself and 0 where mask is set.
@@ -157,14 +176,13 @@ LARGEST = 8192  # values of an image; a covariance of so many takes 512 MiB
 def baselines(found, data, config):
     """What fills in without a network, by name: like found["truth"] (N, C, H, W), in [0, 1].
 
-    convolution, gaussian, and gaussian_std. The covariance of the training images is kept beside
-    the checkpoint. Left out where --no-baselines says so or the images are too large.
+    convolution; in the first process also gaussian and gaussian_std, unless --no-baselines says so
+    or the images are too large.
     """
     truth, mask = 2 * found["truth"] - 1, found["cond_mask"]
     made = {"convolution": interpolate(truth, mask, config.sparsity)}
-    if config.baselines and truth[0].numel() <= LARGEST and rank() == 0:
-        folder = Path(config.sample).parent if config.sample else Path(config.out_dir)
-        gaussian = GaussianFill.beside(folder / "gaussian.npz", data)
+    small = truth[0].numel() <= LARGEST
+    if config.baselines and small and (gaussian := GaussianFill.of(data, config)):
         made["gaussian"], std = gaussian.fill(truth, mask)
         made["gaussian_std"] = std - 1  # of [0, 1], in the end
     return {name: (x / 2 + 0.5).clamp(0, 1) for name, x in made.items()}

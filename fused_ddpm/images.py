@@ -70,8 +70,8 @@ class Data:
 
     name, facts: what it is; shape: (C, H, W) of an image; class_names. images: uint8 (N, C, H, W)
     and labels: int64 (N,) to train on; held_out: {"val": (images, labels), "test": ...}, 128 of
-    each, if labelled also "val_uncond" with the null class; test: all test images; classes: int64
-    (c,), those of --classes.
+    each, if labelled also "val_uncond" with the null class; classes: int64 (c,), those of
+    --classes.
     """
 
     def __init__(self, config, facts=None, labelled=False):
@@ -82,6 +82,8 @@ class Data:
         name = choose_data(config.data, full, config.data_dir) if rank() == 0 else None
         self.name = config.data = from_first(name)  # after the first process has downloaded it
         if labelled:
+            if not facts:
+                self.shape  # noqa: B018  read it, so that what is no data set says so
             if not self.class_names:
                 cure = "sort its images into one sub-folder for each"
                 raise UserError(f"--data {self.name}: has no classes; {cure}")
@@ -90,8 +92,19 @@ class Data:
     def _read(self, train):
         data_dir = self.config.data_dir
         images, labels = load_images(self.name, data_dir, self.size, train)
+        if self.known:
+            self._check(tuple(images.shape[1:]))
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order], labels[order]  # folders come sorted by class
+
+    def _check(self, shape):
+        """The checkpoint's network is for images and classes like these."""
+        if shape != self.shape:
+            made, here = ("x".join(map(str, s)) for s in (self.shape, shape))
+            raise UserError(f"--data {self.name}: the checkpoint is for {made}, this is {here}")
+        if self.labelled and class_names(self.name) != self.class_names:
+            known = ", ".join(self.class_names)
+            raise UserError(f"--data {self.name}: the checkpoint is for the classes {known}")
 
     @functools.cached_property
     def _test(self):
@@ -128,9 +141,9 @@ class Data:
     def labels(self):
         return self._train[1][1]
 
-    @property
-    def test(self):
-        return self._test[0].to(self.config.device)
+    def test(self, n):
+        """The first n test images."""
+        return self._test[0][:n].to(self.config.device)
 
     @functools.cached_property
     def held_out(self):
@@ -296,7 +309,7 @@ def unreadable(path, error):
 def open_image(path):
     try:
         return Image.open(path)
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise unreadable(path, error) from error
 
 

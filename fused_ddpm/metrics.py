@@ -91,12 +91,18 @@ class Intervals(nn.Module):
         super().__init__()
         self.register_buffer("line", torch.tensor([0.0, 1.0]))  # a, b
         self.register_buffer("factors", torch.tensor([0.6745, 1.6449]))  # a Gaussian's, at first
+        self.register_buffer("fitted_to", torch.tensor([0, 0]))  # K draws of S steps
+
+    def fit_to(self, config):
+        """Whether they are for draws as config makes them."""
+        return self.fitted_to.tolist() == [config.num_draws, config.sample_steps]
 
     @torch.no_grad()
-    def fit(self, draws, truth, where):
+    def fit(self, draws, truth, where, steps):
         """log rmse = a + b log spread over bins with equally many pixels each."""
         if len(draws) < 2:  # no spread, nothing to learn
             return
+        self.fitted_to.copy_(torch.tensor([len(draws), steps]))
         where = where.expand_as(truth)
         spread = draws.std(0)[where].clamp(min=self.FLOOR).double()
         error = (draws.mean(0) - truth).abs()[where].double()
@@ -113,11 +119,12 @@ class Intervals(nn.Module):
 
     def expected(self, spread):
         """Root mean squared error of the mean where the draws have this spread."""
-        return torch.exp(self.line[0] + self.line[1] * spread.clamp(min=self.FLOOR).log())
+        a, b = self.line.tolist()  # on whatever device
+        return torch.exp(a + b * spread.clamp(min=self.FLOOR).log())
 
     def half_width(self, draws, level=0.9):
         """The interval is the mean of the draws (K, N, C, H, W) plus or minus this."""
-        return self.expected(draws.std(0)) * self.factors[self.LEVELS.index(level)]
+        return self.expected(draws.std(0)) * self.factors.tolist()[self.LEVELS.index(level)]
 
     def coverage(self, draws, truth, where, level=0.9):
         inside = (draws.mean(0) - truth).abs() <= self.half_width(draws, level)

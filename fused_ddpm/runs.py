@@ -131,6 +131,11 @@ class Run:
         return self.state["facts"]
 
     @property
+    def leads(self):
+        """Whether this is the first process, or the only one."""
+        return rank() == 0
+
+    @property
     def history(self):
         return self.state["history"]
 
@@ -165,6 +170,7 @@ class Run:
 
     def restore(self, **parts):
         """Load each part, name=module or optimizer, from the checkpoint if the run has one."""
+        self.parts = parts
         for name, part in parts.items() if self.checkpoint else []:
             try:
                 part.load_state_dict(self.checkpoint[name])
@@ -197,6 +203,8 @@ class Run:
                 raise UserError(f"stopped; the run is saved, go on with {go_on}")
         self.training = False
         self.bar.close()
+        if self.signals:  # after the last save
+            raise KeyboardInterrupt
 
     def batch(self, step, n):
         """(index, keys), int64 (b,): this process's share of the step's images, of n.
@@ -263,11 +271,16 @@ class Run:
         shown = {"loss": f"{row['train_loss']:.4f}", "val": f"{row.get('val_loss', math.nan):.4f}"}
         self.bar.set_postfix(shown, refresh=False)
 
-    def save(self, step, **parts):
-        """last.pt, in one move: the parts' state, configuration, history, and where to go on."""
-        if self.losses:
-            self._mean_loss(step)
-        self.state |= {"step": step + 1, "losses": [loss.item() for loss in self.losses]}
+    def save(self, step=None, **parts):
+        """last.pt, in one move: the parts' state, configuration, history, and where to go on.
+
+        Without a step, once more what was saved or restored last.
+        """
+        parts = self.parts = parts or self.parts
+        if step is not None:
+            if self.losses:
+                self._mean_loss(step)
+            self.state |= {"step": step + 1, "losses": [loss.item() for loss in self.losses]}
         if rank() == 0:
             about = {"script": self.script, "format": FORMAT}
             config = {k: v for k, v in asdict(self.config).items() if k != "bfloat16"}

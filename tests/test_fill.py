@@ -170,12 +170,19 @@ def test_gaussian_is_fitted_in_batches(tmp_path):
         torch.testing.assert_close(fitted.mean, rows.mean(0), rtol=0, atol=1e-6)
         expected = torch.cov(rows.T, correction=0) + 1e-5 * torch.eye(18).double()
         torch.testing.assert_close(fitted.covariance, expected, rtol=0, atol=1e-6)
-    data = SimpleNamespace(images=images)
-    first = GaussianFill.beside(tmp_path / "gaussian.npz", data)
-    data.images = None  # the file is enough
-    again = GaussianFill.beside(tmp_path / "gaussian.npz", data)
+    data = SimpleNamespace(images=images, name="noise", shape=(2, 3, 3))
+    config = SimpleNamespace(sample=None, out_dir=str(tmp_path))
+    first = GaussianFill.of(data, config)
+    data.images = None  # the file is enough, also from elsewhere
+    config.out_dir, config.sample = str(tmp_path / "new"), str(tmp_path / "last.pt")
+    again = GaussianFill.of(data, config)
     assert torch.equal(first.mean, again.mean) and torch.equal(first.covariance, again.covariance)
     torch.testing.assert_close(again.covariance, fitted.covariance, rtol=1e-6, atol=1e-7)
+    data.name, data.images = "other", 255 - images  # but it knows what it is of
+    other = GaussianFill.of(data, config)
+    torch.testing.assert_close(other.mean, -first.mean, rtol=0, atol=1e-6)
+    data.name = "noise"
+    assert torch.equal(GaussianFill.of(data, config).mean, first.mean)
 
 
 def test_gaussian_intervals_hold_for_gaussian_images():
@@ -191,7 +198,8 @@ def test_gaussian_intervals_hold_for_gaussian_images():
 def test_baselines_by_name(tmp_path):
     g = torch.Generator().manual_seed(0)
     truth, seen = torch.rand(3, 1, 8, 8, generator=g), mask_of(0.3, 3, 8)
-    data = SimpleNamespace(images=(255 * torch.rand(100, 1, 8, 8, generator=g)).byte())
+    images = (255 * torch.rand(100, 1, 8, 8, generator=g)).byte()
+    data = SimpleNamespace(images=images, name="noise", shape=(1, 8, 8))
     config = SimpleNamespace(sparsity=0.3, baselines=True, sample=None, out_dir=str(tmp_path))
     made = baselines({"truth": truth, "cond_mask": seen}, data, config)
     assert set(made) == {"convolution", "gaussian", "gaussian_std"}

@@ -238,7 +238,7 @@ def test_parts_are_disjoint_and_shuffled_but_the_same_each_time():
     assert data.name == "shapes" and data.shape == (3, 16, 16)
     assert data.images.shape == (216, 3, 16, 16) and data.images.dtype == torch.uint8
     assert data.labels.shape == (216,) and data.labels.dtype == torch.int64
-    assert data.test.shape == (40, 3, 16, 16)
+    assert data.test(99).shape == (40, 3, 16, 16)
     assert {name: len(part[0]) for name, part in data.held_out.items()} == {"val": 24, "test": 40}
     whole, labels = load_images("shapes", image_size=16, train=True)
     parts = torch.cat([data.held_out["val"][0], data.images])
@@ -262,7 +262,7 @@ def test_held_out_images_are_128_at_most_and_once_more_without_a_class(monkeypat
     assert all(len(x) == 128 for part in held_out.values() for x in part)
     assert torch.equal(held_out["val"][0], held_out["val_uncond"][0])
     assert (held_out["val_uncond"][1] == 10).all() and held_out["val"][1].max() < 10
-    assert data.test.shape[0] == 140 and data.images.shape[0] == 1350
+    assert len(data.test(999)) == 140 and data.images.shape[0] == 1350
 
 
 def test_the_facts_of_a_checkpoint_are_enough_to_sample():
@@ -284,7 +284,7 @@ def test_classes_are_needed_where_they_are(tmp_path):
     for i in range(12):
         save_image(tmp_path / f"{i}.png", np.full((16, 16, 3), 10 * i))
     data = Data(make_config(ddpm, data=str(tmp_path)))
-    assert data.class_names == [] and len(data.images) == 10 and len(data.test) == 1
+    assert data.class_names == [] and len(data.images) == 10 and len(data.test(9)) == 1
     said = r"has no classes; sort its images into one sub-folder for each"
     with pytest.raises(UserError, match=said):
         Data(make_config(cfg_ddpm, data=str(tmp_path)), labelled=True)
@@ -298,3 +298,21 @@ def test_too_few_images_for_the_processes(tmp_path, monkeypatch):
     data = Data(make_config(ddpm, data=str(tmp_path)))
     with pytest.raises(UserError, match="2 training images are too few for 3 processes"):
         len(data.images)
+
+
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        ({"shape": [1, 16, 16], "class_names": shapes.NAMES}, "is for 1x16x16, this is 3x16x16"),
+        ({"shape": [3, 16, 16], "class_names": ["cat", "dog"]}, "is for the classes cat, dog"),
+    ],
+)
+def test_data_that_do_not_fit_the_checkpoint_are_refused(facts, said):
+    data = Data(make_config(cfg_ddpm), facts, labelled=True)
+    with pytest.raises(UserError, match=f"--data shapes: the checkpoint {said}"):
+        len(data.images)
+
+
+def test_what_is_no_data_set_says_so_where_classes_are_needed(tmp_path):
+    with pytest.raises(UserError, match="neither a data set"):
+        Data(make_config(cfg_ddpm, data="misspelt"), labelled=True)

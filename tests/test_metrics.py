@@ -1,10 +1,12 @@
 """Measures of reconstructions against direct sums and closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_ddpm.fill import interpolate
 from fused_ddpm.metrics import (
@@ -171,13 +173,17 @@ def test_ranks_split_ties_evenly():
 
 def test_intervals_hold_on_images_they_were_not_fitted_on():
     intervals = Intervals()
-    intervals.fit(*exchangeable(8, scale=0.6))  # too narrow by much
+    intervals.fit(*exchangeable(8, scale=0.6), steps=20)  # too narrow by much
     draws, truth, where = exchangeable(8, scale=0.6, seed=1)
     for level in (0.5, 0.9):
         assert intervals.coverage(draws, truth, where, level) == pytest.approx(level, abs=0.01)
     narrow = draws.std(0) < draws.std(0).median()  # and for small spreads as for large ones
     for part in (narrow, ~narrow):
         assert intervals.coverage(draws, truth, part) == pytest.approx(0.9, abs=0.03)
+    config = SimpleNamespace(num_draws=8, sample_steps=20)
+    assert intervals.fit_to(config)
+    for other in (dict(num_draws=7), dict(sample_steps=21)):  # they hold for no other draws
+        assert not intervals.fit_to(SimpleNamespace(**vars(config) | other))
     again = Intervals()
     again.load_state_dict(intervals.state_dict())
     assert torch.equal(again.half_width(draws), intervals.half_width(draws))
@@ -185,5 +191,13 @@ def test_intervals_hold_on_images_they_were_not_fitted_on():
 
 def test_one_draw_teaches_intervals_nothing():
     intervals = Intervals()
-    intervals.fit(*exchangeable(1, n=2))
-    assert intervals.line.tolist() == [0, 1]
+    intervals.fit(*exchangeable(1, n=2), steps=20)
+    assert intervals.line.tolist() == [0, 1] and intervals.fitted_to.tolist() == [0, 0]
+
+
+def test_intervals_may_lie_on_a_gpu():
+    """A GPU of shapes without values: draws come back to the host, intervals stay where they are."""
+    with FakeTensorMode():
+        intervals = Intervals().to("cuda")
+        intervals.line.tolist = intervals.factors.tolist = lambda: [0.5, 1.0]
+        assert intervals.half_width(torch.rand(4, 2, 1, 8, 8)).device.type == "cpu"

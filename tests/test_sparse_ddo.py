@@ -312,6 +312,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     run(tmp_path / "run", *flags.split())
     files = {p.name for p in (tmp_path / "run").iterdir()}
     pictures = {"loss.png", "reconstructions.png", "resolutions.png", "step_000060.png"}
+    pictures |= {"ranks.png"}
     arrays = {"reconstructions.npz", "samples.npy", "gaussian.npz"}
     assert files == pictures | arrays | {"last.pt", "config.json", "history.json", "metrics.json"}
     history = read_json(tmp_path / "run/history.json")

@@ -1,0 +1,26 @@
+"""What the sparse scripts leave behind: figures, arrays and pictures of what they reconstructed."""
+
+from fused_ddpm.images import as_file
+from fused_ddpm.metrics import evaluate, table
+from fused_ddpm.pictures import draw_ranks, draw_reconstructions
+
+
+def write_results(run, found, intervals=None, draws=None, regions=("unseen",)):
+    """metrics.json, reconstructions.npz, samples.npy, pictures; the table is printed.
+
+    found: see evaluate. intervals: of the draws, if they are fitted to such. draws: on the grid of
+    the truth, where those found are on another. regions: of the printed tables.
+    """
+    if not run.leads:
+        return
+    seen = found if draws is None else found | {"draws": draws}
+    metrics = evaluate(seen, intervals)
+    run.write("metrics.json", metrics)
+    run.write("reconstructions.npz", found)
+    run.write("samples.npy", as_file(found["draws"][0]))
+    run.write("reconstructions.png", draw_reconstructions(seen, intervals))
+    if "calibration" in metrics:
+        run.write("ranks.png", draw_ranks(metrics))
+    for region in regions:
+        run.say(table(metrics, region))
+    run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
