@@ -24,7 +24,8 @@ noise, which says nothing about the image, is the posterior mean at once.
     python sparse_ddpm.py --data path/to/photos --preset full    # your own images, on a GPU
     python sparse_ddpm.py --sample out/sparse_ddpm/last.pt --num-draws 16 --out-dir out/more
 
-MEASURED
+Measured: the first command, on Fashion-MNIST, takes 10 minutes on two cores of a Zen 5. On 256 test
+images, unseen pixels, the mean of 8 draws has 21.4 dB, one call 21.5, the best linear method 20.3.
 """
 
 import copy

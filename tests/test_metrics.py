@@ -196,7 +196,7 @@ def test_one_draw_teaches_intervals_nothing():
 
 
 def test_intervals_may_lie_on_a_gpu():
-    """A GPU of shapes without values: draws come back to the host, intervals stay where they are."""
+    """One of shapes without values: draws come back to the host, intervals stay where they are."""
     with FakeTensorMode():
         intervals = Intervals().to("cuda")
         intervals.line.tolist = intervals.factors.tolist = lambda: [0.5, 1.0]
