@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from fused_ddpm.files import write
-from fused_ddpm.images import to_float
+from fused_ddpm.images import to_float, to_unit
 from fused_ddpm.processes import from_first, rank
 
 
@@ -185,4 +185,4 @@ def baselines(found, data, config):
     if config.baselines and small and (gaussian := GaussianFill.of(data, config)):
         made["gaussian"], std = gaussian.fill(truth, mask)
         made["gaussian_std"] = std - 1  # of [0, 1], in the end
-    return {name: (x / 2 + 0.5).clamp(0, 1) for name, x in made.items()}
+    return {name: to_unit(x) for name, x in made.items()}

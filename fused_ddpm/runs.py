@@ -140,13 +140,12 @@ class Run:
         return self.state["history"]
 
     def say(self, text):
-        if rank() == 0:
+        if self.leads:
             print(text)
 
     def introduce(self, model, data):
         """Print what is going to run on what; if it is to train, make the folder ready for it."""
         config, self.state["facts"] = self.config, data.facts
-        self.model = model
         size, count = "x".join(map(str, data.shape)), ""
         if not config.sample:
             n = len(data.images)
@@ -161,7 +160,7 @@ class Run:
                  f"device {self.device}{precision}")  # fmt: skip
         self.say(f"extension: {status()}")
         self.say(f"{millions:.2f}M parameters, output in {self.dir}/")
-        if not config.sample and rank() == 0:
+        if not config.sample and self.leads:
             if not self.checkpoint:  # --overwrite: none of these to be taken for the new run's
                 for name in ("last.pt", "gaussian.npz", "step_*.png"):
                     for old in self.dir.glob(name):
@@ -281,7 +280,7 @@ class Run:
             if self.losses:
                 self._mean_loss(step)
             self.state |= {"step": step + 1, "losses": [loss.item() for loss in self.losses]}
-        if rank() == 0:
+        if self.leads:
             about = {"script": self.script, "format": FORMAT}
             config = {k: v for k, v in asdict(self.config).items() if k != "bfloat16"}
             states = {name: part.state_dict() for name, part in parts.items()}
@@ -307,5 +306,5 @@ class Run:
 
     def write(self, name, content):
         """A file in dir, of the kind its ending says, by the first process, in one move."""
-        if rank() == 0:
+        if self.leads:
             write(self.dir / name, content)
