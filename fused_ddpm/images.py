@@ -1,4 +1,4 @@
-"""Data sets by name or folder, each as one uint8 tensor.
+"""Data sets by name or folder, each as one tensor.
 
     images, labels = load_images("fashion_mnist", train=True)    # uint8 (60000, 1, 32, 32), int64
 
@@ -9,19 +9,17 @@ the device once, index it for a batch, and scale there. Names: cifar10, fashion_
 
 import functools
 import gzip
-import itertools
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from fused_ddpm import shapes
 from fused_ddpm.files import UserError
+from fused_ddpm.folders import Part, list_folder, load_folder
+from fused_ddpm.pixels import DataError, Scale
 from fused_ddpm.processes import from_first, rank, wait, world
 
 # Debian's package dataset-fashion-mnist
@@ -37,17 +35,11 @@ CLASSES = {
     "shapes": shapes.NAMES,
 }
 SHAPES_COUNT = {True: 30_000, False: 3_000}
-GREY = ("1", "L", "LA", "I;16", "I;16B")  # modes of PIL
-HELD_OUT = 10  # of a folder, the last tenth of each class is the test part
-
-
-class DataError(UserError):
-    """Data that is not there, or cannot be read or written: the message says what to do."""
 
 
 def to_float(images):
-    """uint8 [0, 255] -> float32 [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 [0, 255] -> float32 [-1, 1]; float32 is there already."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def to_bytes(x):
@@ -68,10 +60,11 @@ def as_file(x):
 class Data:
     """A data set in three parts, each read when first asked for, shuffled, and on the device.
 
-    name, facts: what it is; shape: (C, H, W) of an image; class_names. images: uint8 (N, C, H, W)
-    and labels: int64 (N,) to train on; held_out: {"val": (images, labels), "test": ...}, 128 of
-    each, if labelled also "val_uncond" with the null class; classes: int64 (c,), those of
-    --classes.
+    name, facts: what it is; shape: (C, H, W) of an image; class_names; scale: between a file's
+    values and [-1, 1]. images: uint8, or float32 in [-1, 1] (N, C, H, W), observed: None or bool
+    (N, 1, H, W), and labels: int64 (N,) to train on; held_out: {"val": (images, labels), "test":
+    ...}, 128 of each, if labelled also "val_uncond" with the null class; held_out_observed: the
+    same parts' observed; classes: int64 (c,), those of --classes.
     """
 
     def __init__(self, config, facts=None, labelled=False):
@@ -90,18 +83,27 @@ class Data:
             self.classes = torch.tensor(class_numbers(config.classes, self.class_names))
 
     def _read(self, train):
-        data_dir = self.config.data_dir
-        images, labels = load_images(self.name, data_dir, self.size, train)
+        config, known = self.config, self.known and self.known.get("scale")
+        part = load_part(
+            *(self.name, config.data_dir, self.size, train),
+            missing=getattr(config, "missing", None),
+            crop=getattr(config, "crop", False),
+            scale=Scale(*known) if known else None,
+            incomplete=hasattr(config, "observed_only"),
+        )
         if self.known:
-            self._check(tuple(images.shape[1:]))
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        return images[order], labels[order]  # folders come sorted by class
+            self._check(tuple(part.images.shape[1:]), part.scale)
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
+        return part[order]  # folders come sorted by class
 
-    def _check(self, shape):
+    def _check(self, shape, scale):
         """The checkpoint's network is for images and classes like these."""
         if shape != self.shape:
             made, here = ("x".join(map(str, s)) for s in (self.shape, shape))
             raise UserError(f"--data {self.name}: the checkpoint is for {made}, this is {here}")
+        if (scale is None) != (self.known.get("scale") is None):
+            made, here = ("8-bit images", "other values")[:: 1 if scale else -1]
+            raise UserError(f"--data {self.name}: the checkpoint is for {made}, this has {here}")
         if self.labelled and class_names(self.name) != self.class_names:
             known = ", ".join(self.class_names)
             raise UserError(f"--data {self.name}: the checkpoint is for the classes {known}")
@@ -112,18 +114,17 @@ class Data:
 
     @functools.cached_property
     def _train(self):
-        """(validation, training), each (images, labels)."""
-        images, labels = self._read(train=True)
-        n = max(len(images) // 10, 1)
-        if len(images) - n < world():
-            few = f"{len(images) - n} training images are too few for {world()} processes"
+        """(validation, training), two Parts."""
+        part = self._read(train=True)
+        n = max(len(part) // 10, 1)
+        if len(part) - n < world():
+            few = f"{len(part) - n} training images are too few for {world()} processes"
             raise UserError(f"--data {self.name}: {few}")
-        device = self.config.device
-        return (images[:n], labels[:n]), (images[n:].to(device), labels[n:].to(device))
+        return part[:n], part[n:].to(self.config.device)
 
     @property
     def shape(self):
-        return tuple(self.known["shape"]) if self.known else tuple(self._test[0].shape[1:])
+        return tuple(self.known["shape"]) if self.known else tuple(self._test.images.shape[1:])
 
     @property
     def class_names(self):
@@ -131,29 +132,57 @@ class Data:
 
     @property
     def facts(self):
-        return {"shape": list(self.shape), "class_names": list(self.class_names)}
+        names = list(self.class_names)
+        return {"shape": list(self.shape), "class_names": names, "scale": self._limits}
+
+    @property
+    def _limits(self):
+        """[low, high] of the scale, None of bytes."""
+        if self.known:
+            return self.known.get("scale")
+        scale = self._test.scale
+        return scale and [scale.low, scale.high]
+
+    @property
+    def scale(self):
+        return Scale(*(self._limits or []))
 
     @property
     def images(self):
-        return self._train[1][0]
+        return self._train[1].images
 
     @property
     def labels(self):
-        return self._train[1][1]
+        return self._train[1].labels
+
+    @property
+    def observed(self):
+        return self._train[1].observed
 
     def test(self, n):
         """The first n test images."""
-        return self._test[0][:n].to(self.config.device)
+        return self._test.images[:n].to(self.config.device)
+
+    def test_observed(self, n):
+        """Which of their pixels are observed, bool (n, 1, H, W); None if all are."""
+        return self._test[:n].to(self.config.device).observed
 
     @functools.cached_property
     def held_out(self):
-        parts = {"val": self._train[0], "test": self._test}
+        parts = {name: (part.images, part.labels) for name, part in self._held_out.items()}
         if self.labelled:
             images, labels = parts["val"]
-            null_class = len(self.class_names)
-            parts["val_uncond"] = images, torch.full_like(labels, null_class)
-        device = self.config.device
-        return {name: [x[:128].to(device) for x in part] for name, part in parts.items()}
+            parts["val_uncond"] = images, torch.full_like(labels, len(self.class_names))
+        return parts
+
+    @property
+    def held_out_observed(self):
+        return {name: part.observed for name, part in self._held_out.items()}
+
+    @functools.cached_property
+    def _held_out(self):
+        parts = {"val": self._train[0], "test": self._test}
+        return {name: part[:128].to(self.config.device) for name, part in parts.items()}
 
 
 def one_first(load):
@@ -171,31 +200,47 @@ def one_first(load):
     return wait_and_load
 
 
-@one_first
 def load_images(name, data_dir="data", image_size=32, train=True):
     """A data set as (images, labels): uint8 (N, C, image_size, image_size) and int64 (N,).
 
-    C is 1 for greyscale data, else 3; without classes labels are -1. The 28x28 images of mnist and
-    fashion_mnist are padded to 32x32 with black; any other difference in size is mended by cropping
-    to the central square and resizing. `train` picks the part; of a folder, the last tenth of each
-    class, by file name, is the test part. Raises DataError.
+    C is 1 for greyscale data, else as the files have it; without classes labels are -1. The 28x28
+    images of mnist and fashion_mnist are padded to 32x32 with black; any other difference in size
+    is mended by cropping to the central square and resizing. `train` picks the part; of a folder,
+    the last tenth of each class, by file name, is the test part. A folder of other values than
+    bytes is cut into tiles, float32 in [-1, 1]. Raises DataError, also where pixels are missing.
     """
+    part = load_part(name, data_dir, image_size, train)
+    return part.images, part.labels
+
+
+@one_first
+def load_part(
+    name, data_dir, image_size, train, missing=None, crop=False, scale=None, incomplete=False
+):
+    """load_images as a Part. For missing, crop, scale see load_folder; incomplete: may it be so."""
     if image_size < 4:
         raise DataError(f"--image-size {image_size}: must be at least 4")
+    if Path(name).is_dir() and name not in (*TORCHVISION, "shapes"):
+        part = load_folder(Path(name), image_size, train, missing, crop, scale)
+        if part.observed is not None and not incomplete:
+            who = "only sparse_ddpm.py and sparse_ddo.py learn from such images"
+            raise DataError(f"--data {name}: has missing pixels; {who}")
+        return part
+    if missing is not None or crop:
+        flag = "--crop" if crop else f"--missing {missing:g}"
+        raise DataError(f"{flag}: is for folders of images, and --data is {name}")
     if name == "shapes":
-        return shapes.draw_shapes(SHAPES_COUNT[train], image_size, seed=0 if train else 1)
+        return Part(*shapes.draw_shapes(SHAPES_COUNT[train], image_size, seed=0 if train else 1))
     if name in TORCHVISION:
         images, labels = load_named(name, data_dir, train)
-        return resize(images, image_size), labels
-    if Path(name).is_dir():
-        return load_folder(Path(name), image_size, train)
+        return Part(resize(images, image_size), labels)
     names = ", ".join([*TORCHVISION, "shapes"])
     raise DataError(f"--data {name}: neither a data set ({names}) nor a folder of images")
 
 
 def class_names(name):
     """What the labels are called: a list, empty for a folder without sub-folders."""
-    return CLASSES[name] if name in CLASSES else scan_folder(Path(name))[2]
+    return CLASSES[name] if name in CLASSES else list_folder(Path(name))[1]
 
 
 def class_numbers(text, names):
@@ -276,74 +321,3 @@ def resize(images, size):
         x = F.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True)
         parts.append(x.round().clamp(0, 255).byte())
     return torch.cat(parts)
-
-
-@functools.cache
-def scan_folder(folder):
-    """([(file, label)], whether all are greyscale, names of the classes), in order of names."""
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-    def images_of(paths):
-        return sorted(p for p in paths if p.is_file() and p.suffix.lower() in endings)
-
-    direct = images_of(folder.iterdir())
-    classes = {p.name: images_of(p.rglob("*")) for p in sorted(folder.iterdir()) if p.is_dir()}
-    classes = {name: paths for name, paths in classes.items() if paths}
-    if direct and classes:
-        two = "holds images both directly and in sub-folders; keep one of the two"
-        raise DataError(f"--data {folder}: {two}")
-    files = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
-    files = files or [(path, -1) for path in direct]
-    if len(files) < 3:
-        few = f"{len(files) or 'no'} images in it or its sub-folders; at least 3 are needed"
-        raise DataError(f"--data {folder}: {few}")
-    with ThreadPoolExecutor(8) as pool:
-        grey = all(pool.map(lambda item: open_image(item[0]).mode in GREY, files))
-    return files, grey, list(classes)
-
-
-def unreadable(path, error):
-    return DataError(f"{path}: cannot be read as an image ({error}); remove or replace it")
-
-
-def open_image(path):
-    try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise unreadable(path, error) from error
-
-
-def load_folder(folder, image_size, train):
-    """A folder with one sub-folder a class, or with images in it; greyscale if every image is."""
-    try:
-        files, grey, _ = scan_folder(folder)
-    except OSError as error:
-        raise DataError(f"--data {folder}: cannot be read ({error})") from error
-    parts = {True: [], False: []}
-    for _, group in itertools.groupby(files, key=lambda item: item[1]):
-        group = list(group)
-        cut = len(group) - len(group) // HELD_OUT
-        parts[True] += group[:cut]
-        parts[False] += group[cut:]
-    if not parts[False]:  # a handful of images
-        parts[False] = [parts[True].pop()]
-
-    def read(item):
-        try:
-            with open_image(item[0]) as image:
-                if image.mode in ("I;16", "I;16B"):  # convert would clip its 16 bits
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
-                if image.size != (image_size, image_size):
-                    size = (image_size, image_size)
-                    image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-        except OSError as error:  # a broken file may open, and fail only here
-            raise unreadable(item[0], error) from error
-        array = torch.from_numpy(np.array(image))
-        return array[None] if grey else array.permute(2, 0, 1)
-
-    chosen, few = parts[train], len(parts[train]) < 2000
-    with ThreadPoolExecutor(8) as pool:
-        read_all = pool.map(read, chosen)
-        images = list(tqdm(read_all, total=len(chosen), desc="reading images", disable=few))
-    return torch.stack(images), torch.tensor([label for _, label in chosen])

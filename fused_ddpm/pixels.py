@@ -24,6 +24,8 @@ from fused_ddpm.files import UserError, write
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are odd, but can be read
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes of PIL
+ARRAYS = (".npy", ".npz")
+MASK = ".mask.png"
 LOSSLESS = ("PNG", "TIFF", "WEBP", "BMP", "PPM", "TGA")  # others come out as PNG
 ORIENTATION = 0x0112  # of EXIF
 SAMPLE_FORMAT = 339  # of TIFF: 2 is signed
@@ -133,12 +135,12 @@ def with_one_line(read):
 @with_one_line
 def read_header(path, missing=None):
     """A Header, from the first bytes of the file. Raises DataError."""
-    if path.suffix.lower() in (".npy", ".npz"):
+    if path.suffix.lower() in ARRAYS:
         with open_array(path) as (file, _):
             (height, width, channels), dtype = array_header(path, file)[:2]
         whole = dtype.kind in "iu" and path.suffix.lower() == ".npy"
     else:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             channels, dtype = 1 if image.mode in GREY else 3, depth(path, image)
             whole = dtype.kind in "iu" and not image.has_transparency_data
@@ -149,10 +151,10 @@ def read_header(path, missing=None):
 @with_one_line
 def read_picture(path, missing=None):
     """A Picture. missing: a number that stands for "missing". Raises DataError."""
-    if path.suffix.lower() in (".npy", ".npz"):
+    if path.suffix.lower() in ARRAYS:
         values, observed, rest = read_array(path)
     else:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             values, observed, rest = read_image(path, image)
     if values.dtype.kind == "f":
         observed = observed & ~np.isnan(values).any(-1)
@@ -169,12 +171,12 @@ def read_picture(path, missing=None):
 
 
 def mask_path(path):
-    return path.with_name(f"{path.stem}.mask.png")
+    return path.with_name(path.stem + MASK)
 
 
 @with_one_line
 def read_mask(path, shape):
-    with Image.open(path) as image:
+    with open_image(path) as image:
         deep = image.mode.startswith("I")
         mask = np.asarray(image if deep else image.convert("RGB")) != 0
     return check_mask(path, mask if deep else mask.any(-1), shape)
@@ -190,13 +192,20 @@ def check_mask(path, mask, shape):
 # -- of Pillow -------------------------------------------------------------------------------------
 
 
+@contextmanager
+def open_image(path):
+    """Image.open, but not by name: Pillow would map a turned TIFF into memory, and scramble it."""
+    with open(path, "rb") as file, Image.open(file) as image:
+        yield image
+
+
 def raw_mode(image):
     """How the file stores a pixel, where Pillow tells."""
     codec, *_, args = image.tile[0] if image.tile else ("", "")
-    first = args[0] if isinstance(args, tuple) and args else args
-    if codec == "SGI16" or (codec.startswith("ppm") and args[-1] > 255):
-        return f"{first};16"
-    return str(first)
+    args = args if isinstance(args, tuple) else (args,)
+    if codec == "SGI16" or (codec.startswith("ppm") and args[1:] > (255,)):
+        return f"{image.mode};16"
+    return str(args[0]) if args else ""
 
 
 def depth(path, image):

@@ -77,13 +77,9 @@ def test_flat_folder_grey_and_mixed(tmp_path):
     assert load_images(str(tmp_path / "mixed"), image_size=8)[0].shape == (11, 3, 8, 8)
 
 
-def test_sixteen_bits_and_one_colour_image(tmp_path):
+def test_one_colour_image_among_grey_ones(tmp_path):
     for i in range(20):
-        save_image(tmp_path / "deep" / f"{i:02d}.png", np.zeros((8, 8)))
         save_image(tmp_path / "late" / f"{i:02d}.png", np.zeros((8, 8, 3) if i == 19 else (8, 8)))
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep" / "00.png")
-    deep, _ = load_images(str(tmp_path / "deep"), image_size=8)
-    assert deep.shape == (18, 1, 8, 8) and deep[0].unique().tolist() == [40_000 // 256]
     # The number of channels is the folder's, not the part's.
     assert load_images(str(tmp_path / "late"), image_size=8, train=True)[0].shape == (18, 3, 8, 8)
 
@@ -251,7 +247,9 @@ def test_parts_are_disjoint_and_shuffled_but_the_same_each_time():
     assert in_order(parts, part_labels) == in_order(whole, labels)
     assert not torch.equal(parts, whole)
     assert torch.equal(Data(make_config(ddpm, seed=5)).images, data.images)  # whatever the seed
-    assert data.facts == {"shape": [3, 16, 16], "class_names": shapes.NAMES}
+    assert data.facts == {"shape": [3, 16, 16], "class_names": shapes.NAMES, "scale": None}
+    assert data.observed is None and data.test_observed(9) is None
+    assert data.held_out_observed == {"val": None, "test": None}
 
 
 def test_held_out_images_are_128_at_most_and_once_more_without_a_class(monkeypatch):
@@ -270,7 +268,8 @@ def test_the_facts_of_a_checkpoint_are_enough_to_sample():
     config = make_config(cfg_ddpm, data="/gone", image_size=16, classes="dog")
     data = Data(config, facts, labelled=True)
     assert data.shape == (1, 24, 24) and data.class_names == ["cat", "dog"]
-    assert data.classes.tolist() == [1] and data.facts == facts and data.name == "/gone"
+    assert data.classes.tolist() == [1] and data.name == "/gone"
+    assert data.facts == facts | {"scale": None}  # as of a checkpoint older than scales
 
 
 def test_auto_is_settled_in_the_configuration(tmp_path, monkeypatch):

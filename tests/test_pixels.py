@@ -208,6 +208,7 @@ def test_what_pillow_would_cut_to_8_bits_is_refused(tmp_path):
         sixteen_bit_png(tmp_path / "la.png", 2, 4),
         sixteen_bit_png(tmp_path / "rgba.png", 4, 6),
         tiff(tmp_path / "rgb.tif", colours(3, dtype=np.uint16), photometric=2),
+        save(tmp_path / "rgb.sgi", colours(3), bpc=2),
         tmp_path / "rgb.ppm",
     ]
     raw = colours(3, dtype=np.uint16).astype(">u2").tobytes()
@@ -281,7 +282,7 @@ def test_the_kinds_of_missing_add_up(tmp_path):
 def test_what_cannot_be_kept_is_written_as_png(tmp_path):
     jpeg = save(tmp_path / "a.jpg", colours(3))
     save(tmp_path / "a.mask.png", ~HOLES)
-    picture, written = filled_with(jpeg, 50)
+    _, written = filled_with(jpeg, 50)
     assert written == tmp_path / "filled.png" and not (tmp_path / "filled.jpg").exists()
     new, old = np.asarray(Image.open(written)), np.asarray(Image.open(jpeg))
     assert np.array_equal(new[~HOLES], old[~HOLES]) and (new[HOLES] == 50).all()
@@ -308,6 +309,26 @@ def test_the_grid_is_the_files_own_and_viewers_turn_both(tmp_path):
         assert Image.open(written).getexif()[0x0112] == turn
         seen = np.asarray(ImageOps.exif_transpose(Image.open(path)))
         assert np.array_equal(upright(picture.values, turn), seen)
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_tiffs_come_upright(tmp_path, compression):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    array = colours()
+    path = save(tmp_path / "a.tif", array, exif=exif, compression=compression)
+    picture, written = filled_with(path, 0)
+    assert np.array_equal(picture.values[..., 0], np.rot90(array, -1)) and picture.orientation == 1
+    assert read_header(path).size == (W, H)
+    assert np.array_equal(np.asarray(Image.open(written)), np.rot90(array, -1))
+
+
+def test_plain_text_formats(tmp_path):
+    (tmp_path / "a.pbm").write_bytes(b"P1\n3 2\n1 0 1 0 0 1\n")
+    (tmp_path / "a.pgm").write_bytes(b"P2\n3 2\n1000\n1 0 1 0 0 1000\n")
+    assert read_picture(tmp_path / "a.pbm").values[..., 0].tolist() == [[0, 255, 0], [255, 255, 0]]
+    deep = read_picture(tmp_path / "a.pgm").values
+    assert deep.dtype == np.uint16 and deep[..., 0].tolist() == [[66, 0, 66], [0, 0, 65_535]]
 
 
 def test_a_geotiff_stays_in_its_place(tmp_path):
