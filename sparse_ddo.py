@@ -69,10 +69,10 @@ class Model:  # what the weights are: fixed with a checkpoint
 class Training:  # how they are made: fixed with a run, but for what is marked later
     data: str = flag("auto", "fashion_mnist, mnist, cifar10, shapes, or a folder of images")
     flip: bool = flag(False, "mirror half of the training images", full=True)
-    sparsity: float = flag(0.1, "fraction of the pixels that the network sees", within="(0, 1)")
+    sparsity: list[float] = flag([0.1], "fraction of pixels seen; two: from .. to", within="(0, 1)")
     target_sparsity: float | None = flag(None, "of the query; the same", within="(0, 1)")
     mask_seed: int = flag(42, "masks are the same in every epoch", within="[0, 2147483647]")
-    mask_pattern: str = flag("random", "how the pixels are scattered", list(PATTERNS))
+    mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
     steps: int | None = flag(1200, "optimizer steps", full=None, later=True)

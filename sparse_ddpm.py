@@ -37,12 +37,22 @@ import torch.nn as nn
 
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
-from fused_ddpm.fill import LinearFill, baselines
+from fused_ddpm.fill import baselines
 from fused_ddpm.images import Data, to_float, to_unit
-from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
+from fused_ddpm.linear import LinearFill, telling_order
+from fused_ddpm.masks import (
+    PATTERNS,
+    TEST_INDEX,
+    check_masks,
+    hide,
+    make_masks,
+    partition,
+    test_masks,
+)
 from fused_ddpm.metrics import Intervals
-from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers
+from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
 from fused_ddpm.pictures import draw_losses, draw_reconstructions
+from fused_ddpm.processes import wait
 from fused_ddpm.results import write_results
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
@@ -62,18 +72,21 @@ class Model:  # what the weights are: fixed with a checkpoint
     num_timesteps: int = flag(1000, "T, steps of the forward process")
     schedule: str = flag("cosine", "of beta", ["linear", "cosine", "sigmoid"], full="linear")
     objective: str = flag("residual", "what the network predicts", ["residual", "eps", "v", "x0"])
-    sparsity: float = flag(0.2, "fraction of the pixels that the network sees", within="(0, 1)")
 
 
 @dataclass
 class Training:  # how they are made: fixed with a run, but for what is marked later
     data: str = flag("auto", "fashion_mnist, mnist, cifar10, shapes, or a folder of images")
+    sparsity: list[float] = flag([0.2], "fraction of pixels seen; two: from .. to", within="(0, 1)")
+    missing: float | None = flag(None, "value of missing pixels in files", within="[-inf, inf]")
+    crop: bool = flag(False, "cut files into tiles instead of scaling them")
+    observed_only: float | None = flag(None, "read but this fraction of an image", within="(0, 1]")
     flip: bool = flag(False, "mirror half of the training images", full=True)
     dropout: float = flag(0.0, "inside the residual blocks", full=0.1, within="[0, 1)")
     target_sparsity: float | None = flag(None, "the loss is on; None: as sparsity", within="(0, 1)")
     cond_weight: float = flag(0.05, "weight of the observed pixels in the loss", within="[0, 1]")
     mask_mode: str = flag("random_epoch", "when they change", ["random_epoch", "fixed", "random"])
-    mask_pattern: str = flag("random", "how the pixels are scattered", list(PATTERNS))
+    mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, learned, or FILE.npy")
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
     steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=50, later=True)
@@ -94,6 +107,8 @@ class Sampling:  # how they are used: free
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
     enforce_observed: bool = flag(True, "keep the observed pixels, at every step")
+    test_sparsity: float | None = flag(None, "seen of test images; as in training", within="(0, 1)")
+    test_pattern: str | None = flag(None, "of test masks; as in training")
     baselines: bool = flag(True, "also the Gaussian conditional mean; memory (C H W)^2")
 
 
@@ -108,6 +123,7 @@ class Config(RunConfig, Sampling, Training, Model):
         many = f"--sample-steps {self.sample_steps}: at most --num-timesteps, {steps}"
         yield self.sample_steps > steps, many
         yield from check_masks(self)
+        yield from check_masks(test_masks(self))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,41 +200,46 @@ def q_sample(x_start, t, noise, alphas_cumprod):
 def predict(model, x_t, t, context, alphas_cumprod, config):
     """(x0_hat, k): x0_hat = known + k f, whatever the objective; k is how far f can move it.
 
-    context: what LinearFill makes of the sparse image.
+    context: what LinearFill makes of the sparse image. x_t is read where its state mask is set.
     """
-    cond, seen, filled, density, variance = context
+    cond, seen, state, filled, variance = context
     a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
+    x = x_t = torch.where(state, x_t, 0)
     if config.objective == "residual":
-        precision = 1 / variance + (a_t / (1 - a_t)).float()
+        precision = 1 / variance + state * (a_t / (1 - a_t)).float()
         of_x = (a_t.sqrt() / (1 - a_t)).float()
         x = known = (filled / variance + of_x * x_t) / precision
         k = precision.rsqrt()
     else:
         k_x, k = (number.float() for number in x0_from_output(config.objective, a_t))
-        x, known = x_t, k_x * x_t
-    inputs = torch.cat([x, cond, seen.to(x.dtype), filled, density], dim=1)
+        known = k_x * x_t
+    unsure = variance.log() / 4 + 1  # between -1 and 1, or so
+    inputs = torch.cat([x, cond, filled, seen.to(x.dtype), state.to(x.dtype), unsure], dim=1)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.bfloat16):
         out = model(inputs, t)
     return known + k * out, k
 
 
-def training_loss(model, x_start, t, noise, masks, context, alphas_cumprod, config):
-    """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks, context: make_masks, LinearFill.
+def training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config):
+    """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks: see make_masks.
 
     In units of k it is the loss of f itself: for eps of the noise, for v of the velocity.
     """
     cond_mask, target_mask = masks
     x_t = q_sample(x_start, t, noise, alphas_cumprod)
+    state = target_mask if config.observed_only else torch.ones_like(cond_mask)
+    context = fill(x_start * cond_mask, cond_mask, state)
     x0_hat, k = predict(model, x_t, t, context, alphas_cumprod, config)
     w = config.cond_weight
     return masked_loss(x0_hat / k, x_start / k, target_mask, cond_mask, w, config.loss)
 
 
-def make_sampler(model, shape, config):
+def make_sampler(model, shape, parts, config):
     """sample(seeds, cond, cond_mask): x_t (B, *shape) after each reverse step, in the end images.
 
     seeds: int64 (B,) on the device. cond: (B, *shape) in [-1, 1], 0 outside cond_mask (B, 1, H, W).
-    An image is a function of its own seed, pixels and mask alone.
+    An image is a function of its own seed, pixels and mask alone. With --observed-only the unseen
+    pixels are drawn in so many parts, each by a reverse process of its own, all in one batch.
     """
     timesteps, coefficients = sampling_table(config)
     coefficients[:, :2] = torch.tensor([0.0, 1.0])  # k_x, k_o: predict gives x0_hat, clipped there
@@ -235,11 +256,22 @@ def make_sampler(model, shape, config):
 
     @torch.no_grad()
     def sample(seeds, cond, cond_mask):
-        context = model.fill(cond, cond_mask, config.sparsity)
+        state = torch.ones_like(cond_mask)
+        if config.observed_only:
+            state = partition(seeds, ~cond_mask, parts).flatten(0, 1)
+        copies = len(state) // len(seeds)
+        cond, seen, _, *guess = model.fill(cond, cond_mask, cond_mask)
+        context = [x.repeat(copies, 1, 1, 1) for x in (cond, seen, *guess)]
+        context.insert(2, state)
+        seeds = seeds.repeat(copies)
         x_t = seeded_normal(seeds, shape)
         for step in range(config.sample_steps):
             x_t = reverse_step(x_t, step, seeds, *context)
-            yield x_t
+            if copies == 1:
+                yield x_t
+            else:
+                whole = (x_t * state).unflatten(0, (copies, -1)).sum(0)
+                yield torch.where(cond_mask, cond, whole)
 
     return sample
 
@@ -262,18 +294,51 @@ def learning_rate(step, config):
     return config.lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
 
 
+def observe(part, keys, fraction=None):
+    """(x_start, observed): images in [-1, 1]; bool (B, 1, H, W), what of them is read, None: all.
+
+    part: images, and which of their pixels are observed. The fraction that is read belongs to an
+    image, by its key, for good; what is beside becomes 0 before anything else, whatever it was.
+    """
+    x_start, observed = to_float(part.images), part.observed
+    if fraction:
+        kept = hide(keys, x_start.shape[-1], fraction)
+        observed = kept if observed is None else kept & observed
+    if observed is not None:
+        x_start = torch.where(observed, x_start, 0)
+    return x_start, observed
+
+
+def fit_linear(fill, data, run, config):
+    """The first guess: mean and covariance of the training images, and how far off it is."""
+    index, size = torch.arange(len(data.images), device=config.device), config.image_size
+
+    def read(i):
+        return observe(data.train[i], run.seeds(i), config.observed_only)
+
+    fill.fit(read(i) for i in index[: 2**26 // size**2].split(4096))
+    if "learned" in config.mask_pattern:
+        run.write("mask.npy", telling_order(fill.covariance).view(size, size).numpy())
+        wait()
+        config.mask_pattern = config.mask_pattern.replace("learned", str(run.dir / "mask.npy"))
+    some = index[: max(2**22 // size**2, 16)]
+    x_start, observed = read(some)
+    fill.measure(x_start, *make_masks(run.seeds(some), 0, size, config, observed))
+
+
 @torch.no_grad()
-def held_out_losses(model, held_out, alphas_cumprod, config):
+def held_out_losses(model, data, alphas_cumprod, config):
     """On fixed images with fixed timesteps, noise and masks: they compare between steps."""
     losses = {}
-    for part, (images, _) in held_out.items():
-        index = torch.arange(len(images), device=images.device)
-        t = torch.linspace(0, config.num_timesteps - 1, len(index), device=images.device).long()
-        noise, x_start = seeded_normal(index, images.shape[1:]), to_float(images)
-        masks = held_out_masks(len(images), config)
-        context = model.fill(x_start * masks[0], masks[0], config.sparsity)
-        loss = training_loss(model, x_start, t, noise, masks, context, alphas_cumprod, config)
-        losses[f"{part}_loss"] = loss
+    for name, part in data.held_out_parts.items():
+        index = torch.arange(len(part), device=config.device)
+        t = torch.linspace(0, config.num_timesteps - 1, len(index), device=config.device).long()
+        noise, keys = seeded_normal(index, data.shape), held_out_keys(len(index), config)
+        x_start, observed = observe(part, keys, config.observed_only)
+        masks = make_masks(keys, 0, config.image_size, config, observed)
+        fill = model.fill
+        loss = training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config)
+        losses[f"{name}_loss"] = loss
     return losses
 
 
@@ -282,20 +347,18 @@ def train(run, model, ema, data, config):
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     run.restore(model=model, ema=ema, optimizer=optimizer)
-    if run.state["step"] == 0:  # how far off the filled images are
-        few = max(2**20 // config.image_size**2, 16)
-        index = torch.arange(len(data.images), device=config.device)[:few]
-        mask, _ = make_masks(run.seeds(index), 0, config.image_size, config)
-        model.fill.measure(to_float(data.images[index]), mask, config.sparsity)
-        ema.fill.load_state_dict(model.fill.state_dict())
+    if run.state["step"] == 0:
+        fit_linear(model.fill, data, run, config)
     network = run.parallel(model)  # over all processes; model itself where there is one
 
     for step in run.steps():
         index, keys = run.batch(step, len(data.images))  # a key to all that is random of an image
-        x_start = to_float(data.images[index])
+        own = run.seeds(index)  # the image's, in every epoch
+        x_start, observed = observe(data.train[index], own, config.observed_only)
         mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
-        masks = make_masks(run.seeds(index), mask_epoch, config.image_size, config)
-        t = seeded_integers(keys, config.num_timesteps, TIMESTEP)
+        masks = make_masks(own, mask_epoch, config.image_size, config, observed)
+        # As in sampling most steps are near 0: far from it x_t says little that is not seen.
+        t = (config.num_timesteps * seeded_uniform(keys, TIMESTEP) ** config.spacing).long()
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
             mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
@@ -304,8 +367,8 @@ def train(run, model, ema, data, config):
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        context = model.fill(x_start * masks[0], masks[0], config.sparsity)
-        loss = training_loss(network, x_start, t, noise, masks, context, alphas_cumprod, config)
+        fill = model.fill
+        loss = training_loss(network, fill, x_start, t, noise, masks, alphas_cumprod, config)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -314,33 +377,36 @@ def train(run, model, ema, data, config):
         run.log(loss, norm)
 
         if run.reports(step):  # with saving, the only time the host waits for the device
-            run.report(step, **held_out_losses(ema, data.held_out, alphas_cumprod, config))
+            run.report(step, **held_out_losses(ema, data, alphas_cumprod, config))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
         if run.draws(step):
             few = replace(config, num_draws=2)
-            found = reconstruct(run, ema, data.held_out["val"][0][:8], few)
+            found = reconstruct(run, ema, data.held_out_parts["val"][:8], few)
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def held_out_masks(n, config):
-    """Masks of held-out images 0..n-1: apart from those of training, the same for a seed."""
-    index = torch.arange(n, device=config.device)
-    return make_masks((config.seed << 32) + TEST_INDEX + index, 0, config.image_size, config)
+def held_out_keys(n, config):
+    """Of held-out images 0..n-1: apart from those of training, the same for a seed."""
+    return (config.seed << 32) + TEST_INDEX + torch.arange(n, device=config.device)
 
 
-def reconstruct(run, model, images, config, file=None):
-    """K draws for each test image, uint8 (N, C, H, W), as a dict, values in [0, 1], on the CPU.
+def reconstruct(run, model, part, config, file=None, fraction=None):
+    """K draws for each of a Part's images, as a dict, values in [0, 1], on the CPU.
 
-    truth: (N, C, H, W); cond_mask, target_mask: bool (N, 1, H, W); draws: (K, N, C, H, W).
+    fraction: of the pixels, the only ones to be read. truth: (N, C, H, W); cond_mask, target_mask,
+    and observed if that is not all: bool (N, 1, H, W); draws: (K, N, C, H, W).
     """
-    n, shape, truth = len(images), images.shape[1:], to_float(images)
-    cond_mask, target_mask = held_out_masks(n, config)
-    sample = make_sampler(model, shape, config)
-    count, depends_on = config.num_draws * n, [*model.state_dict().values(), images]
+    n, keys = len(part), held_out_keys(len(part), config)
+    truth, observed = observe(part, keys, fraction)
+    shape, as_tested = truth.shape[1:], test_masks(config)
+    cond_mask, target_mask = make_masks(keys, 0, shape[-1], as_tested, observed)
+    unseen = (~cond_mask).float().mean().item()
+    sample = make_sampler(model, shape, model.fill.parts(unseen), config)
+    count, depends_on = config.num_draws * n, [*model.state_dict().values(), truth]
     samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
     for jobs in samples.missing():  # of the draws not there yet this process's, in batches
         draw, i = jobs // n, jobs % n
@@ -350,6 +416,8 @@ def reconstruct(run, model, images, config, file=None):
         samples.put(jobs, to_unit(x_t))
     draws = samples.gather().unflatten(0, (config.num_draws, n))
     found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
+    if observed is not None:
+        found["observed"] = observed
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 
 
@@ -357,12 +425,15 @@ def main(argv=None):
     with Run(Config, argv) as run:
         config = run.config
         data = Data(config, run.facts)
+        if not config.sample and data.train.observed is not None and config.observed_only is None:
+            config.observed_only = 1.0  # of what there is
         torch.manual_seed(config.seed)  # of the first weights
         channels = data.shape[0]
-        model = Unet(3 * channels + 2, channels, config)  # g, m_c x_0, h: C each; m_c, density
-        model.fill, model.intervals = LinearFill(), Intervals()
+        model = Unet(3 * channels + 3, channels, config)  # g, m_c x_0, h: C each; masks, variance
+        model.fill, model.intervals = LinearFill(data.shape, config.sparsity[-1]), Intervals()
         model = model.to(config.device, memory_format=torch.channels_last)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
+        ema.fill = model.fill
         run.introduce(model, data)
 
         if config.sample:
@@ -370,18 +441,18 @@ def main(argv=None):
         else:
             train(run, model, ema, data, config)
             run.write("loss.png", draw_losses(run.history))
-            found = reconstruct(run, ema, data.held_out["val"][0][:64], config)
-            steps, unseen = config.sample_steps, ~found["cond_mask"]
-            ema.intervals.fit(found["draws"], found["truth"], unseen, steps)
+            val, read = data.held_out_parts["val"][:64], config.observed_only
+            found = reconstruct(run, ema, val, config, fraction=read)
+            ema.intervals.fit(found, config.sample_steps)
             run.save()  # with the intervals
 
         if config.compile:
             ema.compile()
-        images = data.test(config.num_samples)
-        found = reconstruct(run, ema, images, config, file="draws.npy")
+        test = data.test_part(config.num_samples)
+        found = reconstruct(run, ema, test, config, file="draws.npy")
         once = replace(config, sample_steps=1, num_draws=1)  # from noise: the posterior mean
-        found["regression"] = reconstruct(run, ema, images, once)["draws"][0]
-        found |= baselines(found, data, config)
+        found["regression"] = reconstruct(run, ema, test, once)["draws"][0]
+        found |= baselines(found, data, config, ema.fill)
         write_results(run, found, ema.intervals if ema.intervals.fit_to(config) else None)
 
 

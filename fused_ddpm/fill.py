@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from fused_ddpm.files import write
 from fused_ddpm.images import to_float, to_unit
@@ -55,44 +54,11 @@ def interpolate(x, mask, fraction):
     return torch.where(mask, x, set_convolution(x, mask, fraction)[0])
 
 
-class LinearFill(nn.Module):
-    """The filled image, and the variance of its error, as a function of the density.
-
-    That function is a table, measured on training images and kept in the checkpoint. It goes on
-    linearly in log-log between the centres of its bins.
-    """
-
-    def __init__(self, bins=16):
-        super().__init__()
-        self.register_buffer("place", torch.linspace(-4, 2, bins))  # log of the density
-        self.register_buffer("log_variance", torch.zeros(bins))
-
-    @torch.no_grad()
-    def measure(self, x, mask, fraction):
-        """On images x (N, C, H, W), in [-1, 1], seen where mask (N, 1, H, W) is set."""
-        filled, density = set_convolution(x, mask, fraction)
-        error = ((filled - x) ** 2).mean(1, keepdim=True)
-        bins = self._bin(density).round().long().flatten()
-        total = torch.zeros_like(self.place).double().index_add_(0, bins, error.flatten().double())
-        count = torch.zeros_like(total).index_add_(0, bins, torch.ones_like(bins).double())
-        overall = error.double().mean()
-        # An empty bin takes the overall mean; so does, in part, a bin with few pixels.
-        self.log_variance.copy_(((total + 100 * overall) / (count + 100)).clamp(min=1e-6).log())
-
-    def _bin(self, density):
-        first, last = self.place[0], self.place[-1]
-        where = (density.clamp(min=1e-30).log() - first) / (last - first)
-        return where.clamp(0, 1) * (len(self.place) - 1)
-
-    def forward(self, x, mask, fraction):
-        """(x, mask, filled, density, variance): the last two (N, 1, H, W)."""
-        filled, density = set_convolution(x, mask, fraction)
-        where = self._bin(density)
-        low = where.floor().long().clamp(max=len(self.place) - 2)
-        part = where - low
-        table = self.log_variance
-        variance = torch.lerp(table[low], table[low + 1], part).exp()
-        return x, mask, filled, density, variance
+LARGEST_SIDE = 64  # of images filled with the covariance of their pixels
+PRIOR = 100  # images: what the mean over a distance counts for
+RIDGE = 1e-4
+SHARP = 3  # how much the most telling of the seen pixels counts
+LEAST = 3e-3
 
 
 class GaussianFill:
@@ -173,16 +139,19 @@ class GaussianFill:
 LARGEST = 8192  # values of an image; a covariance of so many takes 512 MiB
 
 
-def baselines(found, data, config):
+def baselines(found, data, config, fill=None):
     """What fills in without a network, by name: like found["truth"] (N, C, H, W), in [0, 1].
 
-    convolution; in the first process also gaussian and gaussian_std, unless --no-baselines says so
-    or the images are too large.
+    convolution, and of a LinearFill linear; in the first process also gaussian and gaussian_std,
+    unless --no-baselines says so, the images are too large, or not all there.
     """
     truth, mask = 2 * found["truth"] - 1, found["cond_mask"]
-    made = {"convolution": interpolate(truth, mask, config.sparsity)}
-    small = truth[0].numel() <= LARGEST
-    if config.baselines and small and (gaussian := GaussianFill.of(data, config)):
+    made = {"convolution": interpolate(truth, mask, mask.float().mean().item())}
+    if fill:
+        parts = zip((truth * mask).split(64), mask.split(64), strict=True)
+        made["linear"] = torch.cat([fill.cpu()(x, m, m)[3] for x, m in parts])
+    whole = truth[0].numel() <= LARGEST and "observed" not in found
+    if config.baselines and whole and (gaussian := GaussianFill.of(data, config)):
         made["gaussian"], std = gaussian.fill(truth, mask)
         made["gaussian_std"] = std - 1  # of [0, 1], in the end
     return {name: to_unit(x) for name, x in made.items()}

@@ -61,10 +61,10 @@ class Data:
     """A data set in three parts, each read when first asked for, shuffled, and on the device.
 
     name, facts: what it is; shape: (C, H, W) of an image; class_names; scale: between a file's
-    values and [-1, 1]. images: uint8, or float32 in [-1, 1] (N, C, H, W), observed: None or bool
-    (N, 1, H, W), and labels: int64 (N,) to train on; held_out: {"val": (images, labels), "test":
-    ...}, 128 of each, if labelled also "val_uncond" with the null class; held_out_observed: the
-    same parts' observed; classes: int64 (c,), those of --classes.
+    values and [-1, 1]. images: uint8, or float32 in [-1, 1] (N, C, H, W), and labels: int64 (N,)
+    to train on; held_out: {"val": (images, labels), "test": ...}, 128 of each, if labelled also
+    "val_uncond" with the null class; train, held_out_parts, test_part(n): the same as Parts, which
+    also have observed, None or bool (N, 1, H, W); classes: int64 (c,), those of --classes.
     """
 
     def __init__(self, config, facts=None, labelled=False):
@@ -156,31 +156,27 @@ class Data:
         return self._train[1].labels
 
     @property
-    def observed(self):
-        return self._train[1].observed
+    def train(self):
+        """The training images as a Part, with what is observed of them."""
+        return self._train[1]
+
+    def test_part(self, n):
+        return self._test[:n].to(self.config.device)
 
     def test(self, n):
         """The first n test images."""
-        return self._test.images[:n].to(self.config.device)
-
-    def test_observed(self, n):
-        """Which of their pixels are observed, bool (n, 1, H, W); None if all are."""
-        return self._test[:n].to(self.config.device).observed
+        return self.test_part(n).images
 
     @functools.cached_property
     def held_out(self):
-        parts = {name: (part.images, part.labels) for name, part in self._held_out.items()}
+        parts = {name: (part.images, part.labels) for name, part in self.held_out_parts.items()}
         if self.labelled:
             images, labels = parts["val"]
             parts["val_uncond"] = images, torch.full_like(labels, len(self.class_names))
         return parts
 
-    @property
-    def held_out_observed(self):
-        return {name: part.observed for name, part in self._held_out.items()}
-
     @functools.cached_property
-    def _held_out(self):
+    def held_out_parts(self):
         parts = {"val": self._train[0], "test": self._test}
         return {name: part[:128].to(self.config.device) for name, part in parts.items()}
 

@@ -5,10 +5,24 @@ score. Scores come from counter-based random words, a function of (key of the im
 nothing else: nothing is stored, and any process, batch or device makes the same masks.
 """
 
+import functools
+from dataclasses import replace
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fused_ddpm.noise import MASK_KEYS, random_words
+from fused_ddpm.files import UserError
+from fused_ddpm.noise import (
+    FRACTION,
+    HIDDEN,
+    MASK_KEYS,
+    PARTS,
+    PATTERN,
+    random_words,
+    seeded_integers,
+    seeded_uniform,
+)
 
 TEST_INDEX = 1 << 31  # held-out images have masks of their own
 
@@ -27,10 +41,11 @@ def score_block(words, size, n):
 
 def score_grid(words, size, n):
     """Every p-th pixel of a row, p = 1 / fraction, each row shifted; the phase is random."""
-    period = max(round(size * size / n), 2)
+    period = (size * size / n).round().long().clamp(min=2)
     place = torch.arange(size, device=words.device)
     row, column = torch.meshgrid(place, place, indexing="ij")
-    lattice = (column + row * round(0.382 * period)).flatten()  # golden section: no columns
+    shift = (0.382 * period).round().long()  # golden section: no columns
+    lattice = column.flatten() + row.flatten() * shift
     residue = (lattice + words[:, :1]) % period
     # Residue 0 is seen. The order of the others turns from image to image, so that each gets its
     # share of targets; within a residue, pixels go at random.
@@ -62,39 +77,130 @@ PATTERNS = {
 }
 
 
+@functools.cache
+def read_order(path, size):
+    """Ranks int64 (size^2,), the pixel to see first has 0, of a user's .npy file (size, size).
+
+    It holds a boolean mask of the seen pixels, or any numbers, least for what is seen first.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--mask-pattern {path}: cannot be read ({error})") from error
+    if array.shape != (size, size):
+        made = "x".join(map(str, array.shape))
+        raise UserError(f"--mask-pattern {path}: is {made}, the images are {size}x{size}")
+    score = torch.from_numpy(~array if array.dtype == bool else array.astype(np.float64))
+    return score.flatten().argsort(stable=True).argsort()
+
+
+def score_file(words, size, n, path):
+    return read_order(path, size).to(words.device).expand(len(words), -1)
+
+
+def pattern_names(config):
+    return config.mask_pattern.split(",")
+
+
 def mask_counts(size, config):
-    """Pixels of an image, and how many of them are seen and scored."""
+    """Pixels of an image; how many are seen, at least and at most; how many of them scored."""
     n = size**2
-    seen = round(config.sparsity * n)
+    seen = [round(fraction * n) for fraction in (config.sparsity[0], config.sparsity[-1])]
     # At 0.3 and 0.7 both might be rounded up, one pixel too many.
-    return n, seen, min(round((config.target_sparsity or config.sparsity) * n), n - seen)
+    target = config.target_sparsity or config.sparsity[-1]
+    return n, *seen, min(round(target * n), n - seen[1])
 
 
 def check_masks(config):
     """For a config's check: (wrong, message) of what is asked of the masks."""
-    target = config.target_sparsity or config.sparsity
-    n, seen, scored = mask_counts(config.image_size, config)
-    yield config.sparsity + target > 1, (
-        f"--sparsity {config.sparsity} and --target-sparsity {target}: "
+    shown = " ".join(map(str, config.sparsity))
+    yield not 1 <= len(config.sparsity) <= 2 or config.sparsity[0] > config.sparsity[-1], (
+        f"--sparsity {shown}: is a fraction, or two, the smaller first, to draw it from"
+    )
+    for name in pattern_names(config):
+        yield name not in PATTERNS and name != "learned" and not name.endswith(".npy"), (
+            f"--mask-pattern {name}: choose from {', '.join(PATTERNS)}, learned, or a .npy file"
+        )
+    target = config.target_sparsity or config.sparsity[-1]
+    n, seen, _, scored = mask_counts(config.image_size, config)
+    yield config.sparsity[-1] + target > 1, (
+        f"--sparsity {shown} and --target-sparsity {target}: "
         "the masks are disjoint, so their sum must not exceed 1"
     )
     yield not seen or not scored, (
-        f"--sparsity {config.sparsity}: that is {seen} pixels to see and {scored} to score "
+        f"--sparsity {shown}: that is {seen} pixels to see and {scored} to score "
         f"of the {n} there are"
     )
 
 
-def make_masks(keys, epoch, size, config):
+def test_masks(config):
+    """The settings of masks as --test-sparsity and --test-pattern change them."""
+    sparsity = config.sparsity if config.test_sparsity is None else [config.test_sparsity]
+    target = min(config.target_sparsity or sparsity[-1], 1 - sparsity[-1])
+    pattern = config.test_pattern or config.mask_pattern
+    return replace(config, sparsity=sparsity, target_sparsity=target, mask_pattern=pattern)
+
+
+def make_masks(keys, epoch, size, config, observed=None):
     """(cond_mask, target_mask), bool (B, 1, size, size), of images with keys (B,) int64.
 
-    config: sparsity, target_sparsity (None: the same), mask_pattern.
+    config: sparsity, one fraction or two to draw one from for each image; target_sparsity (None:
+    the same); mask_pattern, or several with commas between, one for each image. observed: bool
+    (B, 1, size, size), the pixels there are; then the seen ones are at most three quarters of
+    these, and all others of them are scored.
     """
-    n, seen, scored = mask_counts(size, config)
+    n, least, most, scored = mask_counts(size, config)
+    device = keys.device
+    seen = torch.full_like(keys, least)
+    if most > least:  # evenly on a logarithmic scale
+        drawn = least * (most / least) ** seeded_uniform(keys, FRACTION, epoch).double()
+        seen = drawn.round().long()
+        if config.target_sparsity is None:
+            scored = torch.minimum(seen, n - seen)
+    if observed is not None:
+        there = observed.flatten(1).sum(1)
+        seen = torch.minimum(seen, (there * 3 // 4).clamp(min=1))
+        scored = there - seen
     words = random_words(keys, n, epoch, MASK_KEYS)
-    score = PATTERNS[config.mask_pattern](words, size, seen)
+    score = pattern_scores(words, keys, epoch, size, seen[:, None], config)
+    if observed is not None:
+        score = torch.where(observed.flatten(1), score, 1 << 45)
     # With the pixel's number as the last digits there are no ties: the same order everywhere.
-    order = (score * n + torch.arange(n, device=keys.device)).argsort(dim=1)
-    masks = torch.zeros(2, len(keys), n, dtype=torch.bool, device=keys.device)
-    masks[0].scatter_(1, order[:, :seen], True)
-    masks[1].scatter_(1, order[:, seen : seen + scored], True)
+    order = (score * n + torch.arange(n, device=device)).argsort(dim=1)
+    rank, seen = torch.arange(n, device=device), seen[:, None]
+    end = seen + torch.as_tensor(scored, device=device).view(-1, 1)
+    masks = torch.zeros(2, len(keys), n, dtype=torch.bool, device=device)
+    masks[0].scatter_(1, order, rank < seen)
+    masks[1].scatter_(1, order, (rank >= seen) & (rank < end))
     return masks.view(2, -1, 1, size, size).unbind(0)
+
+
+def pattern_scores(words, keys, epoch, size, seen, config):
+    """(B, size^2) int64, below 2^45: of the pattern, or of that drawn for each image."""
+    scores = []
+    for name in pattern_names(config):
+        of_file = functools.partial(score_file, path=name)
+        scores.append(PATTERNS.get(name, of_file)(words, size, seen))
+    if len(scores) == 1:
+        return scores[0]
+    choice = seeded_integers(keys, len(scores), PATTERN, epoch)
+    return torch.stack(scores)[choice, torch.arange(len(keys), device=keys.device)]
+
+
+def hide(keys, size, fraction):
+    """bool (B, 1, size, size): the fraction of the pixels that are ever read, for good."""
+    n = size**2
+    order = random_words(keys, n, 0, HIDDEN).argsort(dim=1, stable=True)
+    there = torch.zeros(len(keys), n, dtype=torch.bool, device=keys.device)
+    there.scatter_(1, order[:, : round(fraction * n)], True)
+    return there.view(-1, 1, size, size)
+
+
+def partition(keys, where, parts):
+    """bool (parts, B, 1, H, W): the pixels of where (B, 1, H, W) in equal parts, at random."""
+    flat = where.flatten(1)
+    words = random_words(keys, flat.shape[1], 0, PARTS)
+    rank = torch.where(flat, words, 1 << 33).argsort(dim=1, stable=True).argsort(dim=1)
+    part = rank * parts // flat.sum(1, keepdim=True).clamp(min=1)
+    number = torch.arange(parts, device=keys.device).view(-1, 1, 1)
+    return ((part == number) & flat).view(parts, *where.shape)

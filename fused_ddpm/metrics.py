@@ -98,8 +98,10 @@ class Intervals(nn.Module):
         return self.fitted_to.tolist() == [config.num_draws, config.sample_steps]
 
     @torch.no_grad()
-    def fit(self, draws, truth, where, steps):
-        """log rmse = a + b log spread over bins with equally many pixels each."""
+    def fit(self, found, steps):
+        """log rmse = a + b log spread over bins with equally many pixels each. found: see evaluate;
+        steps: of sampling."""
+        draws, truth, where = found["draws"], found["truth"], unseen(found)
         if len(draws) < 2:  # no spread, nothing to learn
             return
         self.fitted_to.copy_(torch.tensor([len(draws), steps]))
@@ -151,25 +153,30 @@ def calibration(draws, truth, where, intervals=None):
     return found
 
 
+def unseen(found):
+    """bool (N, 1, H, W): the pixels to judge by, those not seen of which there is a truth."""
+    return ~found["cond_mask"] & found.get("observed", torch.tensor(True))
+
+
 def evaluate(found, intervals=None):
     """All measures of what a script's `reconstruct` found, over the unseen pixels, by name.
 
-    found: truth, cond_mask, target_mask, draws (K, N, C, H, W), and by their own names other
-    reconstructions (N, C, H, W), values in [0, 1]. "query": over the target pixels; "foreground":
-    calibration over pixels that are not plain black.
+    found: truth, cond_mask, target_mask, draws (K, N, C, H, W), observed if not all of the truth is
+    there, and by their own names other reconstructions (N, C, H, W), values in [0, 1]. "query":
+    over the target pixels; "foreground": calibration over pixels that are not plain black.
     """
-    truth, unseen, draws = found["truth"], ~found["cond_mask"], found["draws"]
+    truth, draws, where = found["truth"], found["draws"], unseen(found)
     others = {k: x for k, x in found.items() if k in CALLED and x.shape == truth.shape}
     guesses = {"draw": draws[0], "mean": draws.mean(0)} | others
-    measured = compare(guesses, truth, where=unseen)
+    measured = compare(guesses, truth, where=where)
     measured["query"] = compare(guesses, truth, where=found["target_mask"])
     if len(draws) > 1:
-        foreground = unseen & (truth.amax(1, keepdim=True) > 0.03)
-        measured["calibration"] = calibration(draws, truth, unseen, intervals)
+        foreground = where & (truth.amax(1, keepdim=True) > 0.03)
+        measured["calibration"] = calibration(draws, truth, where, intervals)
         measured["foreground"] = calibration(draws, truth, foreground, intervals)
     if "gaussian_std" in found:
         error = (found["gaussian"] - truth).abs() / found["gaussian_std"].clamp(min=1e-6)
-        inside = error[unseen.expand_as(error)] < 1.6449
+        inside = error[where.expand_as(error)] < 1.6449
         measured["gaussian_interval_90%"] = inside.float().mean().item()
     sparsity = found["cond_mask"].float().mean().item()
     return measured | {"num_images": len(truth), "num_draws": len(draws), "sparsity": sparsity}
@@ -180,6 +187,7 @@ CALLED = {
     "mean": "mean of {}",
     "regression": "regression",
     "gaussian": "Gaussian",
+    "linear": "first guess",
     "convolution": "convolution",
 }
 

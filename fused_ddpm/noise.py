@@ -9,6 +9,7 @@ import torch
 # Streams, so that no two uses ever share a counter.
 STEP_NOISE, START_NOISE, MASK_KEYS = 0, 1, 2  # of sampling, and of masks
 TRAIN_NOISE, TIMESTEP, MIRROR, DROP = 3, 4, 5, 6  # of a training step
+FRACTION, PATTERN, HIDDEN, PARTS = 7, 8, 9, 10  # of masks
 
 LOW = 0xFFFFFFFF
 
@@ -52,11 +53,11 @@ def normal_reference(keys, n, step, stream, dtype=torch.float32):
     return torch.stack([r * theta.cos(), r * theta.sin()], dim=-1).flatten(1)[:, :n]
 
 
-def seeded_integers(keys, n, stream):
+def seeded_integers(keys, n, stream, step=0):
     """Uniform integers 0..n-1, int64 (B,), one for each of keys (B,); n below 2^31."""
-    return (random_words(keys, 1, 0, stream)[:, 0] * n) >> 32
+    return (random_words(keys, 1, step, stream)[:, 0] * n) >> 32
 
 
-def seeded_uniform(keys, stream):
+def seeded_uniform(keys, stream, step=0):
     """Uniform numbers in [0, 1), float32 (B,), one for each of keys (B,)."""
-    return (random_words(keys, 1, 0, stream)[:, 0] >> 8).float() * 2**-24
+    return (random_words(keys, 1, step, stream)[:, 0] >> 8).float() * 2**-24

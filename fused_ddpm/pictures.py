@@ -95,8 +95,9 @@ def draw_reconstructions(found, intervals=None, rows=10):
     truth, draws = found["truth"][:rows], found["draws"][:, :rows]
     cond_mask, target_mask = found["cond_mask"][:rows], found["target_mask"][:rows]
     spread = draws.std(0, correction=0).mean(1, keepdim=True)
+    there = found["observed"][:rows] if "observed" in found else torch.ones_like(cond_mask)
     columns = {
-        "original": truth,
+        "original": show_seen(truth, there),
         f"seen ({cond_mask.float().mean():.0%})": show_seen(truth, cond_mask),
         "target mask": target_mask,
         "one draw": draws[0],

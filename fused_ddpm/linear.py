@@ -1,0 +1,173 @@
+"""The best linear guess of a sparse image: what the network starts from."""
+
+import math
+
+import torch
+import torch.nn as nn
+
+from fused_ddpm.fill import set_convolution
+
+
+class LinearFill(nn.Module):
+    """The best linear guess of an image from its seen pixels, and how far off it is.
+
+    The conditional mean of a Gaussian with the mean m and the covariance K of the training images
+    (optimal interpolation, kriging), K between pixels and shared by the channels; O: the seen ones.
+
+        filled = m + K_:O K_OO^-1 (x_O - m_O)
+
+    Its exact variance would cost more than the network. How much the seen pixels say of a pixel,
+    each by itself, orders pixels nearly as well; what that means in squared error is a table,
+    measured on training images. All is kept in the checkpoint. Images wider than LARGEST_SIDE are
+    filled by set_convolution instead, whose density takes that part.
+    """
+
+    def __init__(self, shape, fraction, bins=16):
+        """shape: (C, H, W); fraction: of the pixels that are seen, as a rule."""
+        super().__init__()
+        _, height, width = shape
+        n = height * width if max(height, width) <= LARGEST_SIDE else 0
+        self.fraction = fraction
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("covariance", torch.eye(n))
+        self.register_buffer("said", torch.zeros(n, n), persistent=False)
+        self.register_buffer("place", torch.linspace(-7, 0, bins))  # log of a variance
+        self.register_buffer("log_variance", torch.linspace(-7, 0, bins))
+        self.register_buffer("scored", torch.tensor(1.0))  # fraction of the pixels, in training
+        self.register_load_state_dict_post_hook(lambda fill, _: fill._compare())
+
+    @torch.no_grad()
+    def fit(self, batches):
+        """From pairs of images (N, C, H, W) in [-1, 1] and what there is of them, bool (N, 1, H, W)
+        or None for all. Where few of them show both of two pixels, the mean over all pairs at the
+        same distance counts too.
+        """
+        n, middle = len(self.covariance), None  # a number near the mean, for precision
+        squares, both, shown, sums = 0, 0, 0, 0
+        for x, observed in batches:
+            there = torch.ones_like(x[:, :1]) if observed is None else observed.to(x.dtype)
+            if middle is None:
+                middle = (x * there).sum() / there.expand_as(x).sum()
+            off = (x - middle) * there
+            shown, sums = shown + there.sum(0), sums + off.sum(0)
+            if n:
+                there = there.expand_as(x).flatten(2).flatten(0, 1)
+                off = off.flatten(2).flatten(0, 1)
+                squares = squares + off.T @ off
+                both = both + (len(off) if observed is None else there.T @ there)
+        mean = (sums + 10 * sums.sum() / shown.sum() / len(sums)) / (shown + 10)
+        self.mean.copy_(middle + mean)
+        if n:
+            mean = mean.flatten(1)
+            off = squares - mean.T @ mean / len(mean) * both
+            self.covariance.copy_(shrunk(off, both, *self.mean.shape[1:]))
+            self._compare()
+
+    def _compare(self):
+        """What a pixel (row) says of another (column): r^2 / (1 - r^2), sharpened."""
+        if len(self.covariance):
+            size = self.covariance.diagonal().sqrt()
+            r2 = (self.covariance / size / size[:, None]) ** 2
+            self.said.copy_((r2 / (1 - r2).clamp(min=1e-3)) ** SHARP)
+
+    @torch.no_grad()
+    def measure(self, x, mask, scored):
+        """The table, from what it is off at the scored pixels of images x (N, C, H, W), in [-1, 1],
+        of which the mask is seen. Both masks are bool (N, 1, H, W)."""
+        parts = zip(x.split(64), mask.split(64), strict=True)
+        filled, about = map(torch.cat, zip(*[self._fill(x * m, m) for x, m in parts], strict=True))
+        error = ((filled - x) ** 2).mean(1, keepdim=True)[scored].double()
+        bins = self._bin(about[scored]).round().long()
+        total = torch.zeros_like(self.place).double().index_add_(0, bins, error)
+        count = torch.zeros_like(total).index_add_(0, bins, torch.ones_like(error))
+        expected = self.place.double().exp() * error.mean() / about[scored].mean()
+        # A bin with few pixels takes, in part, the variance that it stands for.
+        self.log_variance.copy_(((total + 100 * expected) / (count + 100)).log())
+        self.scored.copy_(scored.float().mean())
+
+    def _bin(self, about):
+        first, last = self.place[0], self.place[-1]
+        where = (about.log() - first) / (last - first)
+        return where.clamp(0, 1) * (len(self.place) - 1)
+
+    def _fill(self, x, mask):
+        """(filled, about): the second (N, 1, H, W) rises with the variance."""
+        if not len(self.covariance):
+            filled, density = set_convolution(x, mask, self.fraction)
+            return filled, 1 / (1 + density)
+        (n, c, h, w), seen = x.shape, mask.flatten(1)
+        most = int(seen.sum(1).max())
+        there, o = seen.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        there, o = there[:, :most].bool(), o[:, :most]
+        among = self.covariance[o[:, :, None], o[:, None, :]]
+        if not there.all():  # where less is seen, equations that say 0 = 0
+            both = there[:, :, None] & there[:, None, :]
+            among = torch.where(both, among, torch.eye(most, device=x.device))
+        at = o[:, :, None].expand(-1, -1, c)
+        off = ((x - self.mean) * mask).flatten(2).transpose(1, 2).gather(1, at)
+        weights = torch.cholesky_solve(off, torch.linalg.cholesky_ex(among)[0])
+        weights = x.new_zeros(n, h * w, c).scatter_(1, at, weights * there[:, :, None])
+        filled = (weights.transpose(1, 2) @ self.covariance).view(x.shape) + self.mean
+        said = (seen.to(x.dtype) @ self.said) ** (1 / SHARP)
+        return filled, (self.covariance.diagonal() / (1 + said)).view(n, 1, h, w)
+
+    def forward(self, x, mask, state):
+        """(x, mask, state, filled, variance): all that a network is told about a sparse image.
+
+        x: (N, C, H, W), 0 where mask, bool (N, 1, H, W), is not set; state: like mask, where x_t
+        is. filled: like x. variance: of its error, like mask.
+        """
+        filled, about = self._fill(x, mask)
+        where = self._bin(about)
+        low = where.floor().long().clamp(max=len(self.place) - 2)
+        table = self.log_variance
+        variance = torch.lerp(table[low], table[low + 1], where - low).exp()
+        return x, mask, state, filled, variance.clamp(min=LEAST)
+
+    def parts(self, unseen):
+        """In how many parts this fraction of the pixels is as large as what training scored."""
+        return max(math.ceil(unseen / self.scored.item() - 0.01), 1)
+
+
+LARGEST_SIDE = 64  # of images filled with the covariance of their pixels
+PRIOR = 100  # rows of data that the mean over all pairs at a distance is worth
+RIDGE = 1e-4  # added to variances: no pixel is known better than that
+SHARP = 3  # how much more the most telling one of the seen pixels counts
+LEAST = 3e-3  # variance: below it the loss would be made of rare pixels
+
+
+def shrunk(off, count, h, w):
+    """The covariance (h w, h w) from sums of products and how many there were of each."""
+    place = torch.arange(h * w, device=off.device)
+    row, column = place // w, place % w
+    down, right = row[:, None] - row, column[:, None] - column
+    pair = (down + h) * (2 * w) + right + w
+    count = torch.as_tensor(count, dtype=off.dtype, device=off.device).expand_as(off)
+    of_pair = torch.zeros(2, 4 * h * w, dtype=torch.float64, device=off.device)
+    for total, values in zip(of_pair, (off, count), strict=True):
+        total.index_add_(0, pair.flatten(), values.flatten().double())
+    typical = (of_pair[0] / of_pair[1].clamp(min=1)).to(off.dtype)[pair]
+    typical = typical * (1 - down.abs() / h) * (1 - right.abs() / w)  # so it is a covariance
+    K = (off + PRIOR * typical) / (count + PRIOR)
+    if count.min() < count.max():  # each entry from other images: make it a covariance again
+        values, vectors = torch.linalg.eigh(K.double())
+        K = ((vectors * values.clamp(min=0)) @ vectors.T).to(off.dtype)
+    return K + RIDGE * torch.eye(h * w, device=off.device)
+
+
+def telling_order(covariance, count=None):
+    """Ranks int64 (D,) of values by what to measure next: each the one of largest variance given
+    those before it (pivoted Cholesky; Krause et al. 2008). After count, by what variance is left.
+    """
+    left = covariance.diagonal().double().cpu().clone()
+    covariance, chosen = covariance.double().cpu(), []
+    factor = torch.zeros(count or len(left), len(left), dtype=torch.float64)
+    for k, row in enumerate(factor):
+        pivot = left.argmax()
+        if left[pivot] <= 0:
+            break
+        row.copy_((covariance[pivot] - factor[:k, pivot] @ factor[:k]) / left[pivot].sqrt())
+        left.sub_(row**2)[pivot] = -math.inf
+        chosen.append(pivot)
+    order = torch.stack([*chosen, *left.argsort(descending=True)[: len(left) - len(chosen)]])
+    return order.argsort()
