@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -36,8 +37,7 @@ class DataError(UserError):
     """Data that is not there, or cannot be read or written: the message says what to do."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a file says of itself before its pixels are read."""
 
     channels: int  # without alpha
@@ -164,8 +164,9 @@ def read_picture(path, missing=None):
         observed = observed & read_mask(mask_path(path), observed.shape)
     if not observed.any():
         raise DataError(f"{path}: has no observed pixel; remove it")
-    values = np.where(observed[..., None], values, values.dtype.type(0))
-    if not np.isfinite(values).all():
+    if not observed.all():
+        values = np.where(observed[..., None], values, values.dtype.type(0))
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DataError(f"{path}: has infinite values; make them NaN if they are missing")
     return Picture(path, values, observed, **rest)
 
@@ -262,7 +263,7 @@ def accompanying(image):
                 tags.tagtype[tag] = image.tag_v2.tagtype[tag]
                 tags[tag] = image.tag_v2[tag]
         return {"tiffinfo": tags}
-    options = {"dpi": image.info.get("dpi"), "exif": image.getexif()}
+    options = {name: image.info.get(name) for name in ("dpi", "exif")}
     if image.mode not in ("CMYK", "YCbCr", "LAB", "HSV"):
         options["icc_profile"] = image.info.get("icc_profile")
     return {name: value for name, value in options.items() if value}

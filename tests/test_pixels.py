@@ -1,5 +1,6 @@
 """Files with pixels missing: every format in and out, what is observed, and bad files."""
 
+import itertools
 import struct
 import zlib
 
@@ -299,13 +300,13 @@ def test_what_cannot_be_kept_is_written_as_png(tmp_path):
 
 def test_the_grid_is_the_files_own_and_viewers_turn_both(tmp_path):
     scene = Image.fromarray(colours(3))
-    for turn in range(1, 9):
+    for turn, ending in itertools.product(range(1, 9), ("png", "jpg", "webp")):
         exif = Image.Exif()
         exif[0x0112] = turn
-        path = save(tmp_path / f"{turn}.png", scene, exif=exif)
-        picture, written = filled_with(path, 0, tmp_path / f"{turn}b.png")
+        path = save(tmp_path / f"{turn}.{ending}", scene, exif=exif)
+        picture, written = filled_with(path, 0, tmp_path / f"{turn}b.{ending}")
         assert picture.orientation == turn and picture.values.shape == (H, W, 3)
-        assert np.array_equal(np.asarray(Image.open(written)), np.asarray(scene))
+        assert np.array_equal(np.asarray(Image.open(written)), np.asarray(Image.open(path)))
         assert Image.open(written).getexif()[0x0112] == turn
         seen = np.asarray(ImageOps.exif_transpose(Image.open(path)))
         assert np.array_equal(upright(picture.values, turn), seen)
