@@ -358,7 +358,7 @@ def train(run, model, ema, data, config):
         mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
         masks = make_masks(own, mask_epoch, config.image_size, config, observed)
         # As in sampling most steps are near 0: far from it x_t says little that is not seen.
-        t = (config.num_timesteps * seeded_uniform(keys, TIMESTEP) ** config.spacing).long()
+        t = (config.num_timesteps * seeded_uniform(keys, TIMESTEP) ** 2).long()
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
             mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
