@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from fused_ddpm.config import flags_of
-from fused_ddpm.images import DataError
+from fused_ddpm.images import DataError, load_images, open_image, scan_folder
 from fused_ddpm.processes import rank, sum_over, wait, world
 
 
@@ -143,3 +143,40 @@ class Samples:
         self.file.close()
         if rank() == 0:
             self.part.unlink(missing_ok=True)
+
+
+def read_samples(path):
+    """uint8 (N, C, H, W) from a samples.npy or a folder of images, those in order of their names.
+
+    Raises DataError.
+    """
+    if path.is_dir():
+        try:
+            sizes = {open_image(file).size for file, _ in scan_folder(path)[0]}
+            if len(sizes) > 1:
+                raise DataError(f"{path}: its images are of {len(sizes)} sizes; make them one")
+            side = sizes.pop()[1]
+            parts = [load_images(str(path), "", side, train) for train in (True, False)]
+            images, labels = (torch.cat(x) for x in zip(*parts, strict=True))
+            return images[labels.argsort(stable=True)]  # class by class, as the names are
+        except DataError as error:  # of images.py, which knows folders as --data
+            raise DataError(str(error).removeprefix("--data ")) from error
+    try:
+        samples = np.load(path)
+        if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[3] not in (1, 3):
+            raise ValueError(f"it is {samples.dtype} {samples.shape}")
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        wanted = "neither an .npy, uint8 (N, H, W, 1 or 3), nor a folder of images"
+        raise DataError(f"{path}: {wanted} ({error})") from error
+    return torch.from_numpy(samples).movedim(3, 1)
+
+
+def read_labels(path, n, classes):
+    """The classes of n samples, int64 (n,), from an .npy. Raises DataError."""
+    try:
+        labels = torch.from_numpy(np.load(path)).long()
+        if labels.shape != (n,) or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"they are not {n} numbers from 0 to {classes - 1}")
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise DataError(f"{path}: not the classes of these samples ({error})") from error
+    return labels

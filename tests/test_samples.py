@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_config
+from PIL import Image
 
 import cfg_ddpm
 import ddpm
 from fused_ddpm import samples as module
 from fused_ddpm.images import DataError
-from fused_ddpm.samples import Samples
+from fused_ddpm.samples import Samples, read_labels, read_samples
 
 SHAPE = (3, 4, 5)
 
@@ -215,3 +216,16 @@ def test_a_full_disk_or_no_folder_is_an_error_for_the_user(tmp_path, path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(DataError, match="cannot be written"):
         open_samples(tmp_path / "text" / "samples.npy")
+
+
+def test_labels_and_samples_of_a_folder_by_class_keep_their_order(tmp_path):
+    """Each class's last tenth, which load_images calls the test part, stays with its class."""
+    for i in range(24):
+        path = tmp_path / "pngs" / "ab"[i // 12] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 10 * i).save(path)
+    samples = read_samples(tmp_path / "pngs")
+    assert samples.shape == (24, 1, 8, 8)
+    assert samples[:, 0, 0, 0].tolist() == [10 * i for i in range(24)]
+    np.save(tmp_path / "labels.npy", np.arange(24) // 12)
+    assert read_labels(tmp_path / "labels.npy", 24, 2).tolist() == [0] * 12 + [1] * 12
