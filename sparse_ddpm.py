@@ -40,14 +40,15 @@ from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
 from fused_ddpm.images import Data, to_float, to_unit
 from fused_ddpm.linear import LinearFill, telling_order
-from fused_ddpm.masks import (
+from fused_ddpm.masks import (  # what is seen
     PATTERNS,
     TEST_INDEX,
+    as_tested,
     check_masks,
     hide,
     make_masks,
     partition,
-    test_masks,
+    see_more,
 )
 from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
@@ -123,7 +124,7 @@ class Config(RunConfig, Sampling, Training, Model):
         many = f"--sample-steps {self.sample_steps}: at most --num-timesteps, {steps}"
         yield self.sample_steps > steps, many
         yield from check_masks(self)
-        yield from check_masks(test_masks(self))
+        yield from check_masks(as_tested(self))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,7 +240,8 @@ def make_sampler(model, shape, parts, config):
 
     seeds: int64 (B,) on the device. cond: (B, *shape) in [-1, 1], 0 outside cond_mask (B, 1, H, W).
     An image is a function of its own seed, pixels and mask alone. With --observed-only the unseen
-    pixels are drawn in so many parts, each by a reverse process of its own, all in one batch.
+    pixels are drawn in so many parts, each by a reverse process of its own that sees of the parts
+    before it as much as training has seen.
     """
     timesteps, coefficients = sampling_table(config)
     coefficients[:, :2] = torch.tensor([0.0, 1.0])  # k_x, k_o: predict gives x0_hat, clipped there
@@ -256,22 +258,19 @@ def make_sampler(model, shape, parts, config):
 
     @torch.no_grad()
     def sample(seeds, cond, cond_mask):
-        state = torch.ones_like(cond_mask)
+        whole, seen, states = cond, cond_mask, [torch.ones_like(cond_mask)]
         if config.observed_only:
-            state = partition(seeds, ~cond_mask, parts).flatten(0, 1)
-        copies = len(state) // len(seeds)
-        cond, seen, _, *guess = model.fill(cond, cond_mask, cond_mask)
-        context = [x.repeat(copies, 1, 1, 1) for x in (cond, seen, *guess)]
-        context.insert(2, state)
-        seeds = seeds.repeat(copies)
-        x_t = seeded_normal(seeds, shape)
-        for step in range(config.sample_steps):
-            x_t = reverse_step(x_t, step, seeds, *context)
-            if copies == 1:
-                yield x_t
-            else:
-                whole = (x_t * state).unflatten(0, (copies, -1)).sum(0)
-                yield torch.where(cond_mask, cond, whole)
+            states = partition(seeds, ~cond_mask, parts)
+        drawn = torch.zeros_like(cond_mask)
+        for state in states:
+            context = model.fill(whole * seen, seen, state)
+            x_t = seeded_normal(seeds, shape)
+            for step in range(config.sample_steps):
+                x_t = reverse_step(x_t, step, seeds, *context)
+                yield x_t if len(states) == 1 else torch.where(state, x_t, whole)
+            whole, drawn = torch.where(state, x_t, whole), drawn | state
+            if config.sample_steps > 1:  # the next part may see what training could have seen
+                seen = see_more(seeds, cond_mask, drawn, config.sparsity[-1])
 
     return sample
 
@@ -402,8 +401,8 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     """
     n, keys = len(part), held_out_keys(len(part), config)
     truth, observed = observe(part, keys, fraction)
-    shape, as_tested = truth.shape[1:], test_masks(config)
-    cond_mask, target_mask = make_masks(keys, 0, shape[-1], as_tested, observed)
+    shape, tested = truth.shape[1:], as_tested(config)
+    cond_mask, target_mask = make_masks(keys, 0, shape[-1], tested, observed)
     unseen = (~cond_mask).float().mean().item()
     sample = make_sampler(model, shape, model.fill.parts(unseen), config)
     count, depends_on = config.num_draws * n, [*model.state_dict().values(), truth]

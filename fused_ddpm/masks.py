@@ -133,7 +133,7 @@ def check_masks(config):
     )
 
 
-def test_masks(config):
+def as_tested(config):
     """The settings of masks as --test-sparsity and --test-pattern change them."""
     sparsity = config.sparsity if config.test_sparsity is None else [config.test_sparsity]
     target = min(config.target_sparsity or sparsity[-1], 1 - sparsity[-1])
@@ -204,3 +204,16 @@ def partition(keys, where, parts):
     part = rank * parts // flat.sum(1, keepdim=True).clamp(min=1)
     number = torch.arange(parts, device=keys.device).view(-1, 1, 1)
     return ((part == number) & flat).view(parts, *where.shape)
+
+
+def see_more(keys, seen, others, fraction):
+    """seen, bool (B, 1, H, W), and at random of the others so many that it is the fraction."""
+    n = seen[0].numel()
+    words = random_words(keys, n, 1, PARTS)
+    last = torch.where(others.flatten(1), 1 << 33, 1 << 34)
+    order = torch.where(seen.flatten(1), 0, last + words).argsort(dim=1, stable=True)
+    rank = torch.arange(n, device=keys.device)
+    most = torch.maximum(seen.flatten(1).sum(1), torch.tensor(round(fraction * n)).to(keys.device))
+    most = torch.minimum(most, (seen | others).flatten(1).sum(1))
+    more = torch.zeros_like(seen.flatten(1)).scatter_(1, order, rank < most[:, None])
+    return more.view_as(seen)

@@ -24,7 +24,9 @@ import torch
 from tqdm import tqdm
 
 from fused_ddpm.config import flags_of
-from fused_ddpm.images import DataError, load_images, open_image, scan_folder
+from fused_ddpm.folders import list_folder
+from fused_ddpm.images import DataError, load_images
+from fused_ddpm.pixels import read_header
 from fused_ddpm.processes import rank, sum_over, wait, world
 
 
@@ -152,7 +154,7 @@ def read_samples(path):
     """
     if path.is_dir():
         try:
-            sizes = {open_image(file).size for file, _ in scan_folder(path)[0]}
+            sizes = {read_header(file).size for file, _ in list_folder(path)[0]}
             if len(sizes) > 1:
                 raise DataError(f"{path}: its images are of {len(sizes)} sizes; make them one")
             side = sizes.pop()[1]
