@@ -363,7 +363,8 @@ def run_peer(job):
             sample()
             synchronize(device)
             seconds.append(time.perf_counter() - start)
-        flops = count_flops(sample) / steps
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # without bf16: plain
+        flops = count_flops(sample) / steps  # attention does not take it from the library
     parameters = sum(p.numel() for p in net.parameters())
     row = {"batch": batch, "sample_batch": batch, "parameters": parameters, "flops": flops}
     return row | {"train": clock.between("step"), "sample": statistics.mean(seconds[1:]) / steps}
