@@ -1,7 +1,8 @@
-"""How fast, against what one would otherwise run: ops, whole scripts, other libraries.
+"""How fast, and how good, against what one would otherwise run.
 
-    python bench.py                                # all of it: half an hour on two CPU cores
-    python bench.py --only ops peers               # or a part: ops, scripts, peers, growth
+    python bench.py                                # all of it: an hour on two CPU cores
+    python bench.py --only ops peers               # or some of its parts, see below
+    python bench.py --only fill --checkpoint out/sparse_ddpm/last.pt
     python bench.py --json results.json            # also as JSON, with the machine's name
     python bench.py --device cuda --preset full
 
@@ -13,18 +14,28 @@ Scripts: each runs as a user would run it, in a process of its own, with a clock
 loop and its sampler: medians a step, the peak memory of the whole process (of the device, on a
 GPU), the share of sampling spent outside the network, and the floor of a sampling step: its FLOPs
 at the rate of a large matrix product (loose for sparse_ddo.py, whose complex products count as real
-ones). Peers (denoising-diffusion-pytorch, diffusers; pip install -e '.[peers]') get the same batch,
-image size and precision, and the width that comes nearest in parameters.
+ones). Growth: the same of ddpm.py, with more images, larger ones, more channels. Startup: from
+nothing to the help, and to the first training step.
+
+Peers (denoising-diffusion-pytorch, diffusers; pip install -e '.[peers]') get the same batch, image
+size and precision, and the width that comes nearest in parameters. They and ddpm.py take turns, in
+five rounds, so that a machine that slows down slows all of them.
+
+Fill: ways to fill in unseen pixels (pip install -e '.[fill]'), on the test images of sparse_ddpm.py
+and under the same masks: how near they come, over the unseen pixels, and mean milliseconds an
+image.
 """
 
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib
 import importlib.util
 import io
 import itertools
 import json
+import math
 import platform
 import resource
 import statistics
@@ -32,27 +43,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fused_ddpm import graphs, images, masked_loss, posterior_step, status
+from fused_ddpm import graphs, images, masked_loss, metrics, posterior_step, status
+from fused_ddpm.fill import LARGEST, GaussianFill, interpolate
 
-SHAPES = [
-    (1, 3, 32, 32),
-    (16, 1, 32, 32),
-    (64, 3, 32, 32),
-    (256, 3, 32, 32),
-    (64, 3, 64, 64),
-    (16, 3, 256, 256),
-]
+SHAPES = [(1, 3, 32, 32), (16, 1, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32)]
+SHAPES += [(64, 3, 64, 64), (16, 3, 256, 256)]
 SCRIPTS = ["toy_diffusion", "ddpm", "sparse_ddpm", "cfg_ddpm", "sparse_ddo"]
 PEERS = ["denoising_diffusion_pytorch", "diffusers"]
+HERE = Path(__file__).parent
 BATCH = {"small": 32, "full": 128}  # of the presets
+ROUNDS = 5  # of what takes turns
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,17 +112,13 @@ def cases(shape, device):
     score = torch.rand(shape[0], 1, *shape[2:], device=device)
     masks = score < 0.2, score > 0.8
     row = [1.7, -1.4, 0.31, 0.68, 0.11]
-    table, step = (
-        torch.tensor([row], device=device),
-        torch.zeros((), dtype=torch.int64, device=device),
-    )
+    table = torch.tensor([row], device=device)
+    step = torch.zeros((), dtype=torch.int64, device=device)
     seeds = torch.arange(shape[0], device=device)
     pred = x.clone().requires_grad_()
     n, mask_bytes = x.numel(), 2 * score.numel()
-    compiled_step, compiled_loss = (
-        torch.compile(eager_step),
-        with_gradient(torch.compile(eager_loss)),
-    )
+    compiled_step = torch.compile(eager_step)
+    compiled_loss = with_gradient(torch.compile(eager_loss))
     step_calls = (
         lambda: posterior_step(x, out, table, step, seeds),
         lambda: eager_step(x, out, *row),
@@ -129,7 +135,7 @@ def cases(shape, device):
     ]
 
 
-def bench_ops(args):
+def bench_ops(args, job):
     """A dict for each op and shape: seconds of "fused", "eager", "compile", "floor"."""
     source = torch.empty(2**26, device=args.device)
     target = torch.empty_like(source)
@@ -139,25 +145,17 @@ def bench_ops(args):
     for shape in tqdm(SHAPES, unit="shape", leave=False):
         torch.compiler.reset()
         for op, fused, eager, compiled, moved in cases(shape, args.device):
-            times = {
-                "fused": median_seconds(fused, args.device),
-                "eager": median_seconds(eager, args.device),
-            }
-            times["compile"] = None if args.no_compile else median_seconds(compiled, args.device)
+            calls = {"fused": fused, "eager": eager}
+            calls |= {} if args.no_compile else {"compile": compiled}
+            times = {name: median_seconds(call, args.device) for name, call in calls.items()}
             rows.append({"op": op, "shape": shape, "floor": moved / bandwidth, **times})
-    print(
-        f"{'op':16}{'shape':20}{'fused':>9}{'eager':>9}{'compile':>9}{'floor':>9}"
-        f"{'eager/fused':>13}{'compile/fused':>15}"
-    )
+    columns, ratios = ["fused", "eager", "compile", "floor"], ["eager", "compile"]
+    heads = [f"{name:>9}" for name in columns] + [f"{name + '/fused':>15}" for name in ratios]
+    print(f"{'op':16}{'shape':20}" + "".join(heads))
     for r in sorted(rows, key=lambda r: r["op"], reverse=True):
-        us = "".join(
-            f"{r[k] * 1e6:9.0f}" if r[k] else f"{'-':>9}"
-            for k in ("fused", "eager", "compile", "floor")
-        )
-        ratios = f"{r['eager'] / r['fused']:12.1f}x" + (
-            f"{r['compile'] / r['fused']:14.1f}x" if r["compile"] else f"{'-':>15}"
-        )
-        print(f"{r['op']:16}{r['shape']!s:20}{us}{ratios}")
+        cells = [f"{r[k] * 1e6:9.0f}" if k in r else f"{'-':>9}" for k in columns]
+        cells += [f"{r[k] / r['fused']:14.1f}x" if k in r else f"{'-':>15}" for k in ratios]
+        print(f"{r['op']:16}{r['shape']!s:20}" + "".join(cells))
     return rows
 
 
@@ -170,12 +168,8 @@ class Clock:
     """Wraps functions to note when they were called, with what, and how long it took."""
 
     def __init__(self, device):
-        self.device, self.starts, self.seconds, self.arguments = (
-            device,
-            {},
-            {},
-            {},
-        )  # arguments: of the second call
+        self.device, self.starts, self.seconds = device, {}, {}
+        self.arguments = {}  # of the second call
 
     def watch(self, owner, name):
         function = getattr(owner, name)
@@ -202,18 +196,14 @@ class Clock:
 
 def matrix_rate(device, dtype):
     """FLOP/s of a large matrix product."""
-    a, b = (
-        torch.randn(4096 if device.startswith("cuda") else 2048, 4096, device=device, dtype=dtype)
-        for _ in range(2)
-    )
-    return 2 * len(a) ** 2 * 4096 / median_seconds(lambda: a @ b.T, device, budget=1)
+    n = 4096 if device.startswith("cuda") else 2048
+    a, b = (torch.randn(n, 4096, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**2 * 4096 / median_seconds(lambda: a @ b.T, device, budget=1)
 
 
 def count_flops(call):
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # it does not know all fused attentions
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know all fused attentions
+    with FlopCounterMode(display=False) as counter, plain:
         call()
     return counter.get_total_flops()
 
@@ -295,10 +285,8 @@ def nearest_width(make, parameters):
     """make(width) for the width whose network comes nearest to so many parameters."""
     sizes = {}
     for width in range(8, 257, 4):
-        with (
-            torch.device("meta"),
-            contextlib.suppress(ValueError),
-        ):  # some widths do not divide into groups
+        some = contextlib.suppress(ValueError)  # they do not divide into groups
+        with torch.device("meta"), some:
             sizes[width] = sum(p.numel() for p in make(width).parameters())
             if sizes[width] > 2 * parameters:
                 break
@@ -319,10 +307,8 @@ def run_peer(job):
     if job["name"] == "denoising_diffusion_pytorch":
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-        net = nearest_width(
-            lambda width: Unet(dim=width, dim_mults=mults, flash_attn=device != "cpu"),
-            job["parameters"],
-        )
+        make = lambda width: Unet(dim=width, dim_mults=mults, flash_attn=device != "cpu")
+        net = nearest_width(make, job["parameters"])
         # It has DDPM with all timesteps, and DDIM.
         few = None if job["sampler"] == "ddpm" else steps
         process = GaussianDiffusion(
@@ -343,9 +329,8 @@ def run_peer(job):
             up_block_types=up,
         )
         net = nearest_width(make, job["parameters"]).to(device)
-        scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[job["sampler"]](
-            num_train_timesteps=1000
-        )
+        kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[job["sampler"]]
+        scheduler = kind(num_train_timesteps=1000)
 
         def loss_of(x):
             noise, t = torch.randn_like(x), torch.randint(1000, (batch,), device=device)
@@ -378,18 +363,11 @@ def run_peer(job):
             sample()
             synchronize(device)
             seconds.append(time.perf_counter() - start)
-        flops = count_flops(sample) / steps
-    row = {
-        "batch": batch,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "bf16": job["bf16"],
-        "flops": flops,
-    }
-    return row | {
-        "train": clock.between("step"),
-        "sample": statistics.mean(seconds[1:]) / steps,
-        "sample_batch": batch,
-    }
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # without bf16: plain
+        flops = count_flops(sample) / steps  # attention does not take it from the library
+    parameters = sum(p.numel() for p in net.parameters())
+    row = {"batch": batch, "sample_batch": batch, "parameters": parameters, "flops": flops}
+    return row | {"train": clock.between("step"), "sample": statistics.mean(seconds[1:]) / steps}
 
 
 def run_job(job):
@@ -405,20 +383,15 @@ def run_job(job):
 
 def run_jobs(jobs, title):
     """The rows of the jobs, without those that failed."""
-    return [
-        row
-        for row in (run_job(job) for job in tqdm(jobs, desc=title, unit="run", leave=False))
-        if row
-    ]
+    return [row for job in tqdm(jobs, title, leave=False, unit="run") if (row := run_job(job))]
 
 
 def peak_memory(device):
     """Bytes: of the device, or of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 COLUMNS = {  # heading: (width, what stands there)
@@ -446,57 +419,241 @@ def bench_scripts(args, job):
     modes = ["eager"]
     modes += ["graph"] if args.device.startswith("cuda") else []
     modes += [] if args.no_compile else ["compile"]
-    jobs = [
-        job | {"name": name, "mode": mode}
-        for name in SCRIPTS
-        for mode in modes
-        if name != "toy_diffusion" or mode == "eager"
-    ]
-    rows = run_jobs(jobs, "scripts")
+    pairs = [(name, mode) for name in SCRIPTS for mode in modes]
+    pairs = [pair for pair in pairs if pair[0] != "toy_diffusion" or pair[1] == "eager"]
+    rows = run_jobs([job | {"name": name, "mode": mode} for name, mode in pairs], "scripts")
     print_table("the scripts (a guided step of cfg_ddpm.py is two; the toy samples 256)", rows)
     return rows
 
 
 def bench_peers(args, job):
-    """Each sampler with ddpm.py and with the peers; "ratios" of a peer: its time over ours."""
+    """Each sampler with ddpm.py and with the peers, in turns: medians of the rounds.
+
+    "rounds": the seconds of each; "ratios" of a peer: its figures over ours, round by round.
+    """
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     for name in missing:
         print(f"{name} is not installed, left out: pip install -e '.[peers]'")
+    job |= {"sample_steps": max(args.sample_steps // 2, 1)}  # short, as there are rounds
     rows = []
     for sampler in ("ddpm", "ddim"):
-        job = job | {
-            "mode": "graph" if args.device.startswith("cuda") else "eager",
-            "sampler": sampler,
-        }
-        ours = run_job(job | {"name": "ddpm", "flags": ["--sampler", sampler]})
-        if ours is None:
-            continue
-        job = job | {"mode": "eager", "parameters": ours["parameters"], "bf16": ours["bf16"]}
-        theirs = run_jobs(
-            [job | {"name": name} for name in PEERS if name not in missing], f"peers, {sampler}"
-        )
-        for row in theirs:
-            row["ratios"] = {
-                key: row[key] / ours[key] for key in ("parameters", "flops", "train", "sample")
-            }
-        rows += [ours, *theirs]
-    print_table("ddpm.py and other libraries", rows)
+        job |= {"sampler": sampler, "mode": "eager"}
+        mode = "graph" if args.device.startswith("cuda") else "eager"
+        our_job = job | {"name": "ddpm", "mode": mode, "flags": ["--sampler", sampler]}
+        rounds = {name: [] for name in ["ddpm", *PEERS]}  # of [ours, theirs]
+        for n in range(ROUNDS):
+            if not (ours := run_job(our_job)):
+                continue
+            job |= {"parameters": ours["parameters"], "bf16": ours["bf16"]}
+            jobs = [job | {"name": name} for name in PEERS if name not in missing]
+            for row in [ours, *run_jobs(jobs, f"peers, {sampler}, round {n + 1} of {ROUNDS}")]:
+                rounds[row["name"]].append([ours, row])
+        for name, pairs in rounds.items():
+            if pairs:
+                row = pairs[-1][1]
+                times = {key: [their[key] for _, their in pairs] for key in ("train", "sample")}
+                row |= {key: statistics.median(values) for key, values in times.items()}
+                row["rounds"] = times
+                if name != "ddpm":
+                    keys = ("parameters", "flops", "train", "sample")
+                    ratios = {key: [their[key] / our[key] for our, their in pairs] for key in keys}
+                    row["ratios"] = ratios
+                rows.append(row)
+    print_table(f"ddpm.py and other libraries, medians of {ROUNDS} rounds", rows)
     for r in rows:
-        if "ratios" in r:
-            shown = ", ".join(f"{key} {ratio:.2f}" for key, ratio in r["ratios"].items())
-            print(f"{r['name']} {r['sampler']}, times those of ddpm.py: {shown}")
+        shown = [f"{key} ms {spread(r['rounds'][key], 1e3)}" for key in r["rounds"]]
+        shown += [f"{key} x {spread(values)}" for key, values in r.get("ratios", {}).items()]
+        print(f"{r['name']} {r['sampler']}: {', '.join(shown)}")
     return rows
+
+
+def spread(values, unit=1):
+    """Median and range, as text."""
+    middle, low, high = (unit * of(values) for of in (statistics.median, min, max))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def bench_growth(args, job):
     """ddpm.py with more images at once, larger images, more channels."""
     job |= {"name": "ddpm", "mode": "graph" if args.device.startswith("cuda") else "eager"}
-    changes = [{"batch": batch} for batch in (1, 8, 32, 128, 512)] + [
-        {"batch": 8, "size": size} for size in (32, 64, 128)
-    ]
+    changes = [{"batch": batch} for batch in (1, 8, 32, 128, 512)]
+    changes += [{"batch": 8, "size": size} for size in (32, 64, 128)]
     changes += [{"flags": ["--dim", dim]} for dim in (8, 16, 32, 64)]
     rows = run_jobs([job | change for change in changes], "growth")
     print_table("ddpm.py as batch, images and parameters grow", rows)
+    return rows
+
+
+FIRST_STEP = """
+import os, {0} as script
+script.training_loss = lambda *args: os._exit(0)
+script.main(["--data", "shapes", "--device", "{1}", "--out-dir", "{2}"])
+"""
+
+
+def bench_startup(args, job):
+    """Of each script, seconds from nothing to its help, and to its first training step."""
+    rows = [{"name": name, "help": [], "first_step": []} for name in SCRIPTS]
+    with tempfile.TemporaryDirectory() as folder:
+        for row in tqdm(rows * ROUNDS, "startup", leave=False, unit="script"):
+            code = FIRST_STEP.format(row["name"], args.device, folder)
+            commands = {"help": [f"{row['name']}.py", "--help"], "first_step": ["-c", code]}
+            for key, command in commands.items():
+                start = time.perf_counter()
+                command = [sys.executable, *command]
+                subprocess.run(command, cwd=HERE, capture_output=True, check=True)
+                row[key].append(time.perf_counter() - start)
+    print(f"\nstart, in seconds: medians of {ROUNDS}\n")
+    for r in rows:
+        help, first = spread(r["help"]), spread(r["first_step"])
+        print(f"{r['name']:16}--help {help:24}first training step {first}")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Filling in. Ways of other libraries take an image (H, W, C), float64 in [0, 1], 0 where the mask
+# `seen`, bool (H, W), is not set, and return it filled.
+
+
+def griddata(image, seen):
+    from scipy.interpolate import griddata
+
+    at, wanted, filled = np.argwhere(seen), np.argwhere(~seen), image.copy()
+    linear, nearest = (griddata(at, image[seen], wanted, how) for how in ("linear", "nearest"))
+    filled[~seen] = np.where(np.isnan(linear), nearest, linear)  # outside of the convex hull
+    return filled
+
+
+def biharmonic(image, seen):
+    from skimage.restoration import inpaint_biharmonic
+
+    return inpaint_biharmonic(image, ~seen, channel_axis=-1)
+
+
+def telea(image, seen):
+    import cv2
+
+    filled = cv2.inpaint(np.uint8(image * 255 + 0.5), np.uint8(~seen), 3, cv2.INPAINT_TELEA)
+    return filled.reshape(image.shape) / 255
+
+
+def kriging(image, seen, **options):
+    from pykrige.ok import OrdinaryKriging
+
+    at, wanted, filled = np.argwhere(seen) * 1.0, np.argwhere(~seen) * 1.0, image.copy()
+    for channel in np.moveaxis(filled, 2, 0):  # views
+        values = channel[seen]
+        if np.ptp(values) == 0:  # it has no variogram
+            channel[~seen] = values[0]
+        else:
+            fitted = OrdinaryKriging(*at.T, values, **options)
+            channel[~seen] = fitted.execute("points", *wanted.T)[0]
+    return filled
+
+
+def total_variation(image, seen):
+    from deepinv.optim import ADMM, L2, TVPrior
+    from deepinv.physics import Inpainting
+
+    y = torch.from_numpy(image).float().movedim(-1, 0)[None]
+    physics = Inpainting(y.shape[1:], mask=torch.from_numpy(seen).float()[None])
+    solver = ADMM(L2(), TVPrior(n_it_max=50), lambda_reg=0.003, stepsize=300.0, max_iter=50)
+    return solver(y, physics)[0].movedim(0, -1).double().numpy()
+
+
+no_nugget = functools.partial(kriging, variogram_parameters=[1.0, 0.0])  # slope, nugget
+WAYS = {  # name: (package, way, of how many images at most, as some take long)
+    "scipy griddata, linear": ("scipy", griddata, None),
+    "skimage biharmonic": ("scikit-image", biharmonic, None),
+    "OpenCV Telea": ("opencv-python-headless", telea, None),
+    "pykrige kriging, default": ("pykrige", kriging, 32),  # fits a nugget, and smooths much
+    "pykrige kriging, no nugget": ("pykrige", no_nugget, 32),
+    "deepinv total variation": ("deepinv", total_variation, 32),
+}
+
+
+def fill_singly(way, truth, seen):
+    """By a library's way, image by image as one calls it: like truth (N, C, H, W), in [0, 1]."""
+    given = torch.where(seen, truth, 0).movedim(1, -1).double().numpy()
+    pairs = zip(given, seen[:, 0].numpy(), strict=True)
+    filled = torch.stack([torch.from_numpy(way(*pair)) for pair in pairs])
+    filled = filled.movedim(-1, 1).clamp(0, 1).to(truth.dtype)
+    return torch.where(seen, truth, filled)
+
+
+def normal_crps(mean, std, truth, where):
+    """CRPS of a normal distribution at each pixel (Gneiting et al. 2005), mean over `where`."""
+    std = std.clamp(min=1e-6)
+    z = (truth - mean) / std
+    density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    score = std * (z * torch.erf(z / math.sqrt(2)) + 2 * density - 1 / math.sqrt(math.pi))
+    return score[where.expand_as(truth)].mean().item()
+
+
+@torch.no_grad()
+def bench_fill(args, job):
+    """A dict for each way: images, psnr, ssim, seconds an image, and crps where it has spread."""
+    script, rows = importlib.import_module("sparse_ddpm"), []
+    flags = ["--data", args.data, "--num-samples", args.num_images, "--device", args.device]
+    flags += ["--sample", args.checkpoint] if args.checkpoint else ["--overwrite"]
+
+    def timed(call):
+        synchronize(args.device)
+        start = time.perf_counter()
+        out = call()
+        synchronize(args.device)
+        return out, time.perf_counter() - start
+
+    def add(name, filled, seconds, **more):
+        n = len(filled)
+        three = filled, truth[:n], unseen[:n]
+        near = {"psnr": metrics.psnr(*three), "ssim": metrics.ssim(*three)}
+        rows.append({"name": name, "images": n, "seconds": seconds / n} | near | more)
+
+    with script.Run(script.Config, [*map(str, flags)]) as run:  # it writes nothing
+        config = replace(run.config, batch_size=32, num_draws=8)
+        data = images.Data(config, run.facts)
+        shown = data.test(args.num_images)
+        x, mask = images.to_float(shown), script.held_out_masks(len(shown), config)[0]
+        truth, seen = images.to_unit(x).cpu(), mask.cpu()
+        unseen = ~seen
+        for name, (package, way, most) in tqdm(WAYS.items(), "fill", leave=False, unit="way"):
+            try:
+                fill_singly(way, truth[:1], seen[:1])  # imports it, too
+            except ImportError:
+                tqdm.write(f"{package} is not installed, left out: pip install -e '.[fill]'")
+                continue
+            add(name, *timed(lambda: fill_singly(way, truth[:most], seen[:most])))  # noqa: B023
+
+        batches = [*zip(x.split(32), mask.split(32), strict=True)]
+        filled, seconds = timed(lambda: [interpolate(*b, config.sparsity) for b in batches])
+        add("normalised convolution", images.to_unit(torch.cat(filled)).cpu(), seconds)
+        if x[0].numel() <= LARGEST:
+            gaussian = GaussianFill.fit(data.images)
+            (mean, std), seconds = timed(lambda: gaussian.fill(x, mask))
+            crps = normal_crps(mean.cpu() / 2 + 0.5, std.cpu() / 2, truth, unseen)
+            add("Gaussian conditional mean", images.to_unit(mean).cpu(), seconds, crps=crps)
+        if args.checkpoint:
+            c = data.shape[0]
+            model = script.Unet(3 * c + 2, c, config)  # as in its main()
+            model.fill, model.intervals = script.LinearFill(), script.Intervals()
+            model = model.to(args.device, memory_format=torch.channels_last).eval()
+            run.restore(ema=model)
+            draw = lambda config: script.reconstruct(run, model, shown, config)["draws"]
+            once, seconds = timed(lambda: draw(replace(config, sample_steps=1, num_draws=1)))
+            add("sparse_ddpm.py, one call", once[0], seconds)
+            draws, seconds = timed(lambda: draw(config))
+            add("sparse_ddpm.py, one draw", draws[0], seconds / 8)
+            crps = metrics.crps(draws, truth, unseen)
+            add("sparse_ddpm.py, mean of 8", draws.mean(0), seconds, crps=crps)
+        else:
+            print("sparse_ddpm.py is left out: train it, then --checkpoint out/sparse_ddpm/last.pt")
+    print(f"\nfilling in {data.name}, {config.sparsity:.0%} of the pixels seen: the others\n")
+    print(f"{'':28}{'images':>8}{'PSNR dB':>10}{'SSIM':>8}{'CRPS':>9}{'ms':>10}")
+    for r in rows:
+        crps = f"{r['crps']:9.4f}" if "crps" in r else f"{'-':>9}"
+        near = f"{r['images']:8}{r['psnr']:10.2f}{r['ssim']:8.3f}{crps}"
+        print(f"{r['name']:28}{near}{r['seconds'] * 1e3:10.2f}")
     return rows
 
 
@@ -504,70 +661,49 @@ def bench_growth(args, job):
 
 
 def machine(device):
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.startswith("cuda")
-        else platform.processor() or platform.machine()
-    )
-    if Path("/proc/cpuinfo").exists() and not device.startswith("cuda"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), name)
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        if (cpu := Path("/proc/cpuinfo")).exists():
+            models = [line for line in cpu.read_text().splitlines() if line[:10] == "model name"]
+            name = models[0].split(": ")[1] if models else name
     return f"{name}, {torch.get_num_threads()} CPU threads"
 
 
 def main():
-    parts = {
-        "ops": bench_ops,
-        "scripts": bench_scripts,
-        "peers": bench_peers,
-        "growth": bench_growth,
-    }
+    parts = {"ops": bench_ops, "scripts": bench_scripts, "peers": bench_peers}
+    parts |= {"growth": bench_growth, "startup": bench_startup, "fill": bench_fill}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=list(parts), default=list(parts), help="parts to run"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--preset", choices=list(BATCH), default="small", help="of the scripts")
-    parser.add_argument(
-        "--sample-steps",
-        type=int,
-        default=20,
-        help="network calls for an image, timed and then divided by",
-    )
-    parser.add_argument("--train-steps", type=int, default=14, help="steps to train")
-    parser.add_argument(
-        "--no-compile",
-        action="store_true",
-        help="leave out torch.compile, which takes minutes to start",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results there too")
-    parser.add_argument(
-        "--job", type=json.loads, help=argparse.SUPPRESS
-    )  # of a process that main() starts
+    add, names = parser.add_argument, list(parts)
+    add("--only", nargs="+", choices=names, default=names, help="parts to run")
+    add("--device", default="cpu")
+    add("--preset", choices=list(BATCH), default="small", help="of the scripts")
+    steps = "network calls for an image, timed and then divided by"
+    add("--sample-steps", type=int, default=20, help=steps)
+    add("--train-steps", type=int, default=14, help="steps to train")
+    slow = "leave out torch.compile, which takes minutes to start"
+    add("--no-compile", action="store_true", help=slow)
+    add("--checkpoint", metavar="FILE", help="of sparse_ddpm.py, for fill")
+    add("--data", default="auto", help="for fill: as for sparse_ddpm.py; auto: the checkpoint's")
+    add("--num-images", type=int, default=256, help="for fill")
+    add("--json", metavar="FILE", help="write the results there too")
+    add("--job", type=json.loads, help=argparse.SUPPRESS)  # of a process that main() starts
     args = parser.parse_args()
     if args.job:
         row = (run_peer if args.job["name"] in PEERS else run_script)(args.job)
         print(json.dumps(row | {"memory": peak_memory(args.job["device"])}))
         return
 
-    facts = {
-        "machine": machine(args.device),
-        "torch": torch.__version__,
-        "date": str(datetime.date.today()),
-    }
+    facts = {"machine": machine(args.device), "torch": torch.__version__}
+    facts["date"] = str(datetime.date.today())
     facts |= {"cuda": torch.version.cuda} if args.device.startswith("cuda") else {}
     print(f"{facts['machine']}, torch {facts['torch']}, {facts['date']}\n{status()}")
-    job = {
-        "device": args.device,
-        "preset": args.preset,
-        "batch": BATCH[args.preset],
-        "size": 32,
-        "sampler": None,
-        "flags": [],
-    }
+    job = {"device": args.device, "preset": args.preset, "batch": BATCH[args.preset], "size": 32}
+    job |= {"sampler": None, "flags": []}
     job |= {"sample_steps": args.sample_steps, "train_steps": args.train_steps}
     for part in args.only:
-        facts[part] = parts[part](args) if part == "ops" else parts[part](args, dict(job))
+        facts[part] = parts[part](args, dict(job))
         if args.json:  # after each, as they take long
             Path(args.json).write_text(json.dumps(facts, indent=1))
 

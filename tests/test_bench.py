@@ -1,0 +1,67 @@
+"""bench.py: what it compares with fills in, and its scores are what they are called."""
+
+import math
+
+import pytest
+import torch
+
+import bench
+from fused_ddpm import metrics
+
+
+def smooth_images():
+    """Two waves in three channels, in [0, 1], and masks that show 30% of them."""
+    row, column = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    waves = [torch.sin(row / 6 + k) * torch.cos(column / 5 - k) for k in range(6)]
+    truth = (0.5 + 0.4 * torch.stack(waves)).view(2, 3, 24, 24)
+    seen = torch.rand(2, 1, 24, 24, generator=torch.Generator().manual_seed(0)) < 0.3
+    return truth, seen
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", list(bench.WAYS))
+def test_ways_of_libraries_fill_in_what_they_do_not_see(name, channels):
+    _, way, _ = bench.WAYS[name]
+    truth, seen = smooth_images()
+    truth = truth[:, :channels]
+    hidden = torch.where(seen, truth, 1 - truth)
+    try:
+        filled = bench.fill_singly(way, hidden, seen)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    assert filled.shape == truth.shape and filled.dtype == truth.dtype
+    assert torch.equal(torch.where(seen, filled, truth), truth)
+    gain = -1 if "default" in name else 6  # which may be no more than the mean
+    grey = metrics.psnr(torch.full_like(truth, 0.5), truth, ~seen)
+    assert metrics.psnr(filled, truth, ~seen) > grey + gain
+
+
+@pytest.mark.parametrize("name", ["scipy griddata, linear", "pykrige kriging, default"])
+def test_a_constant_image_is_filled_with_its_constant(name):
+    _, seen = smooth_images()
+    truth = torch.full((2, 1, 24, 24), 0.3)
+    try:
+        filled = bench.fill_singly(bench.WAYS[name][1], truth, seen)
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    torch.testing.assert_close(filled, truth)
+
+
+def test_crps_of_a_normal():
+    """At the mean, far away, and against the integral of (F(x) - [x > y])^2."""
+    mean, std, truth = (torch.tensor(k).double() for k in ([0.1, 0.2, 0.3], [0.5, 1e-3, 0.2], 0.25))
+    x = torch.linspace(-6, 6, 600_001, dtype=torch.float64)
+    for m, s in zip(mean, std, strict=True):
+        below = torch.special.ndtr((x - m) / s)
+        expected = torch.trapezoid((below - (x > truth).double()) ** 2, x).item()
+        score = bench.normal_crps(m.view(1), s.view(1), truth.view(1), torch.ones(1).bool())
+        assert score == pytest.approx(expected, abs=2e-5)
+    at_mean = bench.normal_crps(mean, std, mean, torch.ones(3).bool())
+    expected = std.mean().item() * (math.sqrt(2) - 1) / math.sqrt(math.pi)
+    assert at_mean == pytest.approx(expected, rel=1e-9)
+
+
+def test_no_spread_scores_the_distance():
+    one = torch.ones(1, dtype=torch.float64)
+    score = bench.normal_crps(0 * one, 0 * one, 0.7 * one, one.bool())
+    assert score == pytest.approx(0.7, abs=1e-5)
