@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 from fused_ddpm import graphs, images, masked_loss, metrics, posterior_step, status
 from fused_ddpm.fill import LARGEST, GaussianFill, interpolate
+from fused_ddpm.masks import as_tested, make_masks
 
 SHAPES = [(1, 3, 32, 32), (16, 1, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32)]
 SHAPES += [(64, 3, 64, 64), (16, 3, 256, 256)]
@@ -213,8 +214,8 @@ def watch_sampler(script, clock):
     make = script.make_sampler
     clock.seconds["sample"], clock.starts["sample"] = [], []
 
-    def make_watched(model, shape, config):
-        sample = make(model, shape, config)
+    def make_watched(model, shape, config, *parts):
+        sample = make(model, shape, config, *parts)
 
         def watched(*inputs):
             synchronize(clock.device)
@@ -224,7 +225,7 @@ def watch_sampler(script, clock):
             clock.starts["sample"].append(start)
             clock.seconds["sample"].append(time.perf_counter() - start)
             if len(clock.starts["sample"]) == 2:
-                clock.arguments["sample"] = model, config, make(model, shape, config), inputs
+                clock.arguments["sample"] = model, config, make(model, shape, config, *parts), inputs
 
         return watched
 
@@ -613,8 +614,9 @@ def bench_fill(args, job):
     with script.Run(script.Config, [*map(str, flags)]) as run:  # it writes nothing
         config = replace(run.config, batch_size=32, num_draws=8)
         data = images.Data(config, run.facts)
-        shown = data.test(args.num_images)
-        x, mask = images.to_float(shown), script.held_out_masks(len(shown), config)[0]
+        shown = data.test_part(args.num_images)
+        x, keys = images.to_float(shown.images), script.held_out_keys(len(shown), config)
+        mask, _ = make_masks(keys, 0, x.shape[-1], as_tested(config))
         truth, seen = images.to_unit(x).cpu(), mask.cpu()
         unseen = ~seen
         for name, (package, way, most) in tqdm(WAYS.items(), "fill", leave=False, unit="way"):
@@ -626,7 +628,7 @@ def bench_fill(args, job):
             add(name, *timed(lambda: fill_singly(way, truth[:most], seen[:most])))  # noqa: B023
 
         batches = [*zip(x.split(32), mask.split(32), strict=True)]
-        filled, seconds = timed(lambda: [interpolate(*b, config.sparsity) for b in batches])
+        filled, seconds = timed(lambda: [interpolate(*b, seen.float().mean().item()) for b in batches])
         add("normalised convolution", images.to_unit(torch.cat(filled)).cpu(), seconds)
         if x[0].numel() <= LARGEST:
             gaussian = GaussianFill.fit(data.images)
@@ -634,10 +636,7 @@ def bench_fill(args, job):
             crps = normal_crps(mean.cpu() / 2 + 0.5, std.cpu() / 2, truth, unseen)
             add("Gaussian conditional mean", images.to_unit(mean).cpu(), seconds, crps=crps)
         if args.checkpoint:
-            c = data.shape[0]
-            model = script.Unet(3 * c + 2, c, config)  # as in its main()
-            model.fill, model.intervals = script.LinearFill(), script.Intervals()
-            model = model.to(args.device, memory_format=torch.channels_last).eval()
+            model = script.make_model(data.shape, config).eval()
             run.restore(ema=model)
             draw = lambda config: script.reconstruct(run, model, shown, config)["draws"]
             once, seconds = timed(lambda: draw(replace(config, sample_steps=1, num_draws=1)))
@@ -648,7 +647,7 @@ def bench_fill(args, job):
             add("sparse_ddpm.py, mean of 8", draws.mean(0), seconds, crps=crps)
         else:
             print("sparse_ddpm.py is left out: train it, then --checkpoint out/sparse_ddpm/last.pt")
-    print(f"\nfilling in {data.name}, {config.sparsity:.0%} of the pixels seen: the others\n")
+    print(f"\nfilling in {data.name}, {seen.float().mean():.0%} of the pixels seen: the others\n")
     print(f"{'':28}{'images':>8}{'PSNR dB':>10}{'SSIM':>8}{'CRPS':>9}{'ms':>10}")
     for r in rows:
         crps = f"{r['crps']:9.4f}" if "crps" in r else f"{'-':>9}"

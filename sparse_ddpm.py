@@ -235,7 +235,7 @@ def training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config)
     return masked_loss(x0_hat / k, x_start / k, target_mask, cond_mask, w, config.loss)
 
 
-def make_sampler(model, shape, parts, config):
+def make_sampler(model, shape, config, parts=1):
     """sample(seeds, cond, cond_mask): x_t (B, *shape) after each reverse step, in the end images.
 
     seeds: int64 (B,) on the device. cond: (B, *shape) in [-1, 1], 0 outside cond_mask (B, 1, H, W).
@@ -404,7 +404,7 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     shape, tested = truth.shape[1:], as_tested(config)
     cond_mask, target_mask = make_masks(keys, 0, shape[-1], tested, observed)
     unseen = (~cond_mask).float().mean().item()
-    sample = make_sampler(model, shape, model.fill.parts(unseen), config)
+    sample = make_sampler(model, shape, config, model.fill.parts(unseen))
     count, depends_on = config.num_draws * n, [*model.state_dict().values(), truth]
     samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
     for jobs in samples.missing():  # of the draws not there yet this process's, in batches
@@ -420,6 +420,13 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 
 
+def make_model(shape, config):
+    """The network, and what is kept with it, for images of a shape (C, H, W)."""
+    model = Unet(3 * shape[0] + 3, shape[0], config)  # g, m_c x_0, h: C each; masks, variance
+    model.fill, model.intervals = LinearFill(shape, config.sparsity[-1]), Intervals()
+    return model.to(config.device, memory_format=torch.channels_last)
+
+
 def main(argv=None):
     with Run(Config, argv) as run:
         config = run.config
@@ -427,10 +434,7 @@ def main(argv=None):
         if not config.sample and data.train.observed is not None and config.observed_only is None:
             config.observed_only = 1.0  # of what there is
         torch.manual_seed(config.seed)  # of the first weights
-        channels = data.shape[0]
-        model = Unet(3 * channels + 3, channels, config)  # g, m_c x_0, h: C each; masks, variance
-        model.fill, model.intervals = LinearFill(data.shape, config.sparsity[-1]), Intervals()
-        model = model.to(config.device, memory_format=torch.channels_last)
+        model = make_model(data.shape, config)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         ema.fill = model.fill
         run.introduce(model, data)
