@@ -225,7 +225,8 @@ def watch_sampler(script, clock):
             clock.starts["sample"].append(start)
             clock.seconds["sample"].append(time.perf_counter() - start)
             if len(clock.starts["sample"]) == 2:
-                clock.arguments["sample"] = model, config, make(model, shape, config, *parts), inputs
+                again = make(model, shape, config, *parts)
+                clock.arguments["sample"] = model, config, again, inputs
 
         return watched
 
@@ -628,7 +629,8 @@ def bench_fill(args, job):
             add(name, *timed(lambda: fill_singly(way, truth[:most], seen[:most])))  # noqa: B023
 
         batches = [*zip(x.split(32), mask.split(32), strict=True)]
-        filled, seconds = timed(lambda: [interpolate(*b, seen.float().mean().item()) for b in batches])
+        share = seen.float().mean().item()
+        filled, seconds = timed(lambda: [interpolate(*b, share) for b in batches])
         add("normalised convolution", images.to_unit(torch.cat(filled)).cpu(), seconds)
         if x[0].numel() <= LARGEST:
             gaussian = GaussianFill.fit(data.images)
