@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from fused_ddpm import graphs, images, masked_loss, metrics, posterior_step, status
 from fused_ddpm.fill import LARGEST, GaussianFill, interpolate
-from fused_ddpm.masks import as_tested, make_masks
+from fused_ddpm.masks import as_tested, held_out_keys, make_masks
 
 SHAPES = [(1, 3, 32, 32), (16, 1, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32)]
 SHAPES += [(64, 3, 64, 64), (16, 3, 256, 256)]
@@ -616,7 +616,7 @@ def bench_fill(args, job):
         config = replace(run.config, batch_size=32, num_draws=8)
         data = images.Data(config, run.facts)
         shown = data.test_part(args.num_images)
-        x, keys = images.to_float(shown.images), script.held_out_keys(len(shown), config)
+        x, keys = images.to_float(shown.images), held_out_keys(len(shown), config)
         mask, _ = make_masks(keys, 0, x.shape[-1], as_tested(config))
         truth, seen = images.to_unit(x).cpu(), mask.cpu()
         unseen = ~seen

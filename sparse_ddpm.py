@@ -3,24 +3,27 @@
 A DDPM (see ddpm.py) whose network also sees a sparse image. Two disjoint pixel masks are drawn for
 each training image, m_c (conditioning) and m_t (target), shared by all channels:
 
-    loss = sum w P (x0_hat - x_0)^2 / sum w,    w = m_t + 0.05 m_c
+    loss = sum w (x0_hat - x_0)^2 P / sum w,    w = m_t + 0.05 m_c
 
-So the loss touches the target pixels, and a little the observed ones; x_t is made from all of them:
-this is training on complete images with a masked loss. What the network f predicts is the residual
-to the best linear guess (preconditioning, Karras et al. 2022, with a mean). The sparse image filled
-in by normalised convolution, h, smooth at the seen pixels too, is off by a variance v that depends
-on how many pixels are seen nearby; x_t / sqrt(a_t) is off by (1 - a_t) / a_t. Weighted by their
+What the network f predicts is the residual to the best linear guess (preconditioning, Karras et al.
+2022, with a mean). The seen pixels alone give a guess h by the covariance of the training images
+(kriging), off by a variance v; x_t / sqrt(a_t) is off by (1 - a_t) / a_t. Weighted by their
 precisions they give the guess g, of precision P:
 
     P = 1 / v + a_t / (1 - a_t),    g = (h / v + x_t sqrt(a_t) / (1 - a_t)) / P
     x0_hat = g + f / sqrt(P)        so that f has to have variance 1 or so at every t
 
-f sees g, m_c x_0, m_c, h and the density of seen pixels. Sampling runs the reverse process with the
-same at every step. K draws from different noise agree on the observed pixels and differ elsewhere:
-their mean has the least error, their spread says where the network is guessing. One call from pure
-noise, which says nothing about the image, is the posterior mean at once.
+Sampling runs the reverse process with it. K draws from different noise agree on the seen pixels and
+differ elsewhere: their mean has the least error, their spread says where the network is guessing.
+One call from pure noise, which says nothing about the image, is the posterior mean at once.
+
+x_t is made from all pixels: so far this is training on complete images with a masked loss. With
+--observed-only a pixel that is neither seen nor a target is never read, and need not exist. x_t is
+on the target pixels alone; the minimiser is E[x_target | x_t, x_seen] all the same. For sampling
+the unseen pixels are cut into parts as large, each of which gets a reverse process of its own.
 
     python sparse_ddpm.py --sparsity 0.2                         # train, reconstruct, draw
+    python sparse_ddpm.py --observed-only 0.4                    # of each image 60% is never read
     python sparse_ddpm.py --data path/to/photos --preset full    # your own images, on a GPU
     python sparse_ddpm.py --sample out/sparse_ddpm/last.pt --num-draws 16 --out-dir out/more
 
@@ -38,22 +41,12 @@ import torch.nn as nn
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
-from fused_ddpm.images import Data, to_float, to_unit
-from fused_ddpm.linear import LinearFill, telling_order
-from fused_ddpm.masks import (  # what is seen
-    PATTERNS,
-    TEST_INDEX,
-    as_tested,
-    check_masks,
-    hide,
-    make_masks,
-    partition,
-    see_more,
-)
+from fused_ddpm.images import Data, to_unit
+from fused_ddpm.linear import LinearFill
+from fused_ddpm.masks import as_tested, check_masks, held_out_keys, in_parts, make_masks, observe
 from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
 from fused_ddpm.pictures import draw_losses, draw_reconstructions
-from fused_ddpm.processes import wait
 from fused_ddpm.results import write_results
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
@@ -87,7 +80,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     target_sparsity: float | None = flag(None, "the loss is on; None: as sparsity", within="(0, 1)")
     cond_weight: float = flag(0.05, "weight of the observed pixels in the loss", within="[0, 1]")
     mask_mode: str = flag("random_epoch", "when they change", ["random_epoch", "fixed", "random"])
-    mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, learned, or FILE.npy")
+    mask_pattern: str = flag("random", "random, block, grid, walk, several, learned, FILE.npy")
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
     steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=50, later=True)
@@ -124,7 +117,6 @@ class Config(RunConfig, Sampling, Training, Model):
         many = f"--sample-steps {self.sample_steps}: at most --num-timesteps, {steps}"
         yield self.sample_steps > steps, many
         yield from check_masks(self)
-        yield from check_masks(as_tested(self))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,6 +183,8 @@ def sampling_table(config):
 # --------------------------------------------------------------------------------------------------
 # Diffusion.
 
+LEAST = 3e-3  # variance v that the loss knows
+
 
 def q_sample(x_start, t, noise, alphas_cumprod):
     """x_t of the forward process, Ho et al. 2020, Eq. 4. x_start, noise: (B, C, H, W); t: (B,)."""
@@ -199,49 +193,52 @@ def q_sample(x_start, t, noise, alphas_cumprod):
 
 
 def predict(model, x_t, t, context, alphas_cumprod, config):
-    """(x0_hat, k): x0_hat = known + k f, whatever the objective; k is how far f can move it.
+    """(x0_hat, scale): x0_hat = known + k f, whatever the objective; the loss is in units of scale.
 
     context: what LinearFill makes of the sparse image. x_t is read where its state mask is set.
     """
     cond, seen, state, filled, variance = context
     a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
     x = x_t = torch.where(state, x_t, 0)
+    noise = ((1 - a_t) / a_t).float()  # the variance of x_t / sqrt(a_t) around x_0
+    news = state * (x_t / a_t.sqrt().float() - filled)
     if config.objective == "residual":
-        precision = 1 / variance + state * (a_t / (1 - a_t)).float()
-        of_x = (a_t.sqrt() / (1 - a_t)).float()
-        x = known = (filled / variance + of_x * x_t) / precision
+        precision = 1 / variance + state / noise
+        x = known = filled + news / noise / precision
         k = precision.rsqrt()
+        scale = (1 / variance.clamp(min=LEAST) + state / noise).rsqrt()
     else:
         k_x, k = (number.float() for number in x0_from_output(config.objective, a_t))
-        known = k_x * x_t
-    unsure = variance.log() / 4 + 1  # between -1 and 1, or so
-    inputs = torch.cat([x, cond, filled, seen.to(x.dtype), state.to(x.dtype), unsure], dim=1)
+        known, scale = k_x * x_t, k
+    news = news * (variance + noise).rsqrt()  # of size 1: bfloat16 would lose it in x
+    unsure = variance.log() / 4 + 1  # -1 to 1, or so
+    masks = seen.to(x.dtype), state.to(x.dtype)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.bfloat16):
-        out = model(inputs, t)
-    return known + k * out, k
+        out = model(torch.cat([x, news, cond, filled, *masks, unsure], dim=1), t)
+    return known + k * out, scale
 
 
 def training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config):
     """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks: see make_masks.
 
-    In units of k it is the loss of f itself: for eps of the noise, for v of the velocity.
+    In units of scale it is that of f: for eps of the noise, for v of the velocity. For residual it
+    is so where v is not below LEAST; else the loss would be made of a few surprising pixels.
     """
     cond_mask, target_mask = masks
     x_t = q_sample(x_start, t, noise, alphas_cumprod)
     state = target_mask if config.observed_only else torch.ones_like(cond_mask)
     context = fill(x_start * cond_mask, cond_mask, state)
-    x0_hat, k = predict(model, x_t, t, context, alphas_cumprod, config)
+    x0_hat, scale = predict(model, x_t, t, context, alphas_cumprod, config)
     w = config.cond_weight
-    return masked_loss(x0_hat / k, x_start / k, target_mask, cond_mask, w, config.loss)
+    return masked_loss(x0_hat / scale, x_start / scale, target_mask, cond_mask, w, config.loss)
 
 
-def make_sampler(model, shape, config, parts=1):
+def make_sampler(model, shape, config, parts=None):
     """sample(seeds, cond, cond_mask): x_t (B, *shape) after each reverse step, in the end images.
 
     seeds: int64 (B,) on the device. cond: (B, *shape) in [-1, 1], 0 outside cond_mask (B, 1, H, W).
-    An image is a function of its own seed, pixels and mask alone. With --observed-only the unseen
-    pixels are drawn in so many parts, each by a reverse process of its own that sees of the parts
-    before it as much as training has seen.
+    An image is a function of its own seed, pixels and mask alone. parts: in how many the unseen
+    pixels are drawn; each sees of those before it what training could have seen. None: all at once.
     """
     timesteps, coefficients = sampling_table(config)
     coefficients[:, :2] = torch.tensor([0.0, 1.0])  # k_x, k_o: predict gives x0_hat, clipped there
@@ -258,19 +255,14 @@ def make_sampler(model, shape, config, parts=1):
 
     @torch.no_grad()
     def sample(seeds, cond, cond_mask):
-        whole, seen, states = cond, cond_mask, [torch.ones_like(cond_mask)]
-        if config.observed_only:
-            states = partition(seeds, ~cond_mask, parts)
-        drawn = torch.zeros_like(cond_mask)
-        for state in states:
+        whole, most = cond, config.sparsity[-1] if config.sample_steps > 1 else 0.0
+        for state, seen in in_parts(seeds, cond_mask, parts, most):
             context = model.fill(whole * seen, seen, state)
             x_t = seeded_normal(seeds, shape)
             for step in range(config.sample_steps):
                 x_t = reverse_step(x_t, step, seeds, *context)
-                yield x_t if len(states) == 1 else torch.where(state, x_t, whole)
-            whole, drawn = torch.where(state, x_t, whole), drawn | state
-            if config.sample_steps > 1:  # the next part may see what training could have seen
-                seen = see_more(seeds, cond_mask, drawn, config.sparsity[-1])
+                yield torch.where(state, x_t, whole)
+            whole = torch.where(state, x_t, whole)
 
     return sample
 
@@ -291,38 +283,6 @@ def learning_rate(step, config):
     if config.lr_schedule == "constant":
         return config.lr * warm_up
     return config.lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-
-
-def observe(part, keys, fraction=None):
-    """(x_start, observed): images in [-1, 1]; bool (B, 1, H, W), what of them is read, None: all.
-
-    part: images, and which of their pixels are observed. The fraction that is read belongs to an
-    image, by its key, for good; what is beside becomes 0 before anything else, whatever it was.
-    """
-    x_start, observed = to_float(part.images), part.observed
-    if fraction:
-        kept = hide(keys, x_start.shape[-1], fraction)
-        observed = kept if observed is None else kept & observed
-    if observed is not None:
-        x_start = torch.where(observed, x_start, 0)
-    return x_start, observed
-
-
-def fit_linear(fill, data, run, config):
-    """The first guess: mean and covariance of the training images, and how far off it is."""
-    index, size = torch.arange(len(data.images), device=config.device), config.image_size
-
-    def read(i):
-        return observe(data.train[i], run.seeds(i), config.observed_only)
-
-    fill.fit(read(i) for i in index[: 2**26 // size**2].split(4096))
-    if "learned" in config.mask_pattern:
-        run.write("mask.npy", telling_order(fill.covariance).view(size, size).numpy())
-        wait()
-        config.mask_pattern = config.mask_pattern.replace("learned", str(run.dir / "mask.npy"))
-    some = index[: max(2**22 // size**2, 16)]
-    x_start, observed = read(some)
-    fill.measure(x_start, *make_masks(run.seeds(some), 0, size, config, observed))
 
 
 @torch.no_grad()
@@ -347,7 +307,7 @@ def train(run, model, ema, data, config):
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     run.restore(model=model, ema=ema, optimizer=optimizer)
     if run.state["step"] == 0:
-        fit_linear(model.fill, data, run, config)
+        model.fill.learn(run, data, config)
     network = run.parallel(model)  # over all processes; model itself where there is one
 
     for step in run.steps():
@@ -388,11 +348,6 @@ def train(run, model, ema, data, config):
 # --------------------------------------------------------------------------------------------------
 
 
-def held_out_keys(n, config):
-    """Of held-out images 0..n-1: apart from those of training, the same for a seed."""
-    return (config.seed << 32) + TEST_INDEX + torch.arange(n, device=config.device)
-
-
 def reconstruct(run, model, part, config, file=None, fraction=None):
     """K draws for each of a Part's images, as a dict, values in [0, 1], on the CPU.
 
@@ -403,8 +358,8 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     truth, observed = observe(part, keys, fraction)
     shape, tested = truth.shape[1:], as_tested(config)
     cond_mask, target_mask = make_masks(keys, 0, shape[-1], tested, observed)
-    unseen = (~cond_mask).float().mean().item()
-    sample = make_sampler(model, shape, config, model.fill.parts(unseen))
+    parts = model.fill.parts(cond_mask) if config.observed_only else None
+    sample = make_sampler(model, shape, config, parts)
     count, depends_on = config.num_draws * n, [*model.state_dict().values(), truth]
     samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
     for jobs in samples.missing():  # of the draws not there yet this process's, in batches
@@ -422,7 +377,7 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
 
 def make_model(shape, config):
     """The network, and what is kept with it, for images of a shape (C, H, W)."""
-    model = Unet(3 * shape[0] + 3, shape[0], config)  # g, m_c x_0, h: C each; masks, variance
+    model = Unet(4 * shape[0] + 3, shape[0], config)  # see predict
     model.fill, model.intervals = LinearFill(shape, config.sparsity[-1]), Intervals()
     return model.to(config.device, memory_format=torch.channels_last)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 
 from fused_ddpm.fill import set_convolution
+from fused_ddpm.masks import make_masks, observe
+from fused_ddpm.processes import wait
 
 
 class LinearFill(nn.Module):
@@ -35,6 +37,22 @@ class LinearFill(nn.Module):
         self.register_buffer("log_variance", torch.linspace(-7, 0, bins))
         self.register_buffer("scored", torch.tensor(1.0))  # fraction of the pixels, in training
         self.register_load_state_dict_post_hook(lambda fill, _: fill._compare())
+
+    def learn(self, run, data, config):
+        """Mean and covariance of the training images, and then how far off the guess is."""
+        index, size = torch.arange(len(data.images), device=config.device), config.image_size
+
+        def read(i):
+            return observe(data.train[i], run.seeds(i), config.observed_only)
+
+        self.fit(read(i) for i in index[: 2**26 // size**2].split(4096))
+        if "learned" in config.mask_pattern:
+            run.write("mask.npy", telling_order(self.covariance).view(size, size).numpy())
+            wait()
+            config.mask_pattern = config.mask_pattern.replace("learned", str(run.dir / "mask.npy"))
+        some = index[: max(2**22 // size**2, 16)]
+        x_start, observed = read(some)
+        self.measure(x_start, *make_masks(run.seeds(some), 0, size, config, observed))
 
     @torch.no_grad()
     def fit(self, batches):
@@ -122,10 +140,11 @@ class LinearFill(nn.Module):
         low = where.floor().long().clamp(max=len(self.place) - 2)
         table = self.log_variance
         variance = torch.lerp(table[low], table[low + 1], where - low).exp()
-        return x, mask, state, filled, variance.clamp(min=LEAST)
+        return x, mask, state, filled, variance.clamp(min=1e-5)
 
-    def parts(self, unseen):
-        """In how many parts this fraction of the pixels is as large as what training scored."""
+    def parts(self, mask):
+        """In how many parts what the mask leaves out is as large as what training scored."""
+        unseen = (~mask).float().mean().item()
         return max(math.ceil(unseen / self.scored.item() - 0.01), 1)
 
 
@@ -133,7 +152,6 @@ LARGEST_SIDE = 64  # of images filled with the covariance of their pixels
 PRIOR = 100  # rows of data that the mean over all pairs at a distance is worth
 RIDGE = 1e-4  # added to variances: no pixel is known better than that
 SHARP = 3  # how much more the most telling one of the seen pixels counts
-LEAST = 3e-3  # variance: below it the loss would be made of rare pixels
 
 
 def shrunk(off, count, h, w):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_ddpm.files import UserError
+from fused_ddpm.images import to_float
 from fused_ddpm.noise import (
     FRACTION,
     HIDDEN,
@@ -131,6 +132,8 @@ def check_masks(config):
         f"--sparsity {shown}: that is {seen} pixels to see and {scored} to score "
         f"of the {n} there are"
     )
+    if getattr(config, "test_sparsity", None) or getattr(config, "test_pattern", None):
+        yield from check_masks(replace(as_tested(config), test_sparsity=None, test_pattern=None))
 
 
 def as_tested(config):
@@ -139,6 +142,11 @@ def as_tested(config):
     target = min(config.target_sparsity or sparsity[-1], 1 - sparsity[-1])
     pattern = config.test_pattern or config.mask_pattern
     return replace(config, sparsity=sparsity, target_sparsity=target, mask_pattern=pattern)
+
+
+def held_out_keys(n, config):
+    """Of held-out images 0..n-1: apart from those of training, the same for a seed."""
+    return (config.seed << 32) + TEST_INDEX + torch.arange(n, device=config.device)
 
 
 def make_masks(keys, epoch, size, config, observed=None):
@@ -196,24 +204,41 @@ def hide(keys, size, fraction):
     return there.view(-1, 1, size, size)
 
 
-def partition(keys, where, parts):
-    """bool (parts, B, 1, H, W): the pixels of where (B, 1, H, W) in equal parts, at random."""
-    flat = where.flatten(1)
-    words = random_words(keys, flat.shape[1], 0, PARTS)
-    rank = torch.where(flat, words, 1 << 33).argsort(dim=1, stable=True).argsort(dim=1)
-    part = rank * parts // flat.sum(1, keepdim=True).clamp(min=1)
-    number = torch.arange(parts, device=keys.device).view(-1, 1, 1)
-    return ((part == number) & flat).view(parts, *where.shape)
+def observe(part, keys, fraction=None):
+    """(x_start, observed): images in [-1, 1]; bool (B, 1, H, W), what of them is read, None: all.
+
+    part: images, and which of their pixels are observed. The fraction that is read belongs to an
+    image, by its key, for good; what is beside becomes 0 before anything else, whatever it was.
+    """
+    x_start, observed = to_float(part.images), part.observed
+    if fraction:
+        kept = hide(keys, x_start.shape[-1], fraction)
+        observed = kept if observed is None else kept & observed
+    if observed is not None:
+        x_start = torch.where(observed, x_start, 0)
+    return x_start, observed
 
 
-def see_more(keys, seen, others, fraction):
-    """seen, bool (B, 1, H, W), and at random of the others so many that it is the fraction."""
-    n = seen[0].numel()
+def in_parts(keys, cond_mask, parts, fraction):
+    """Yield (state, seen), bool (B, 1, H, W), of a sampler that draws the unseen pixels in parts.
+
+    state: the part, one of equal ones, at random; seen: the pixels of cond_mask, and of the parts
+    before at random so many that they are the fraction. parts None: at once, state is everywhere.
+    """
+    if parts is None:
+        yield torch.ones_like(cond_mask), cond_mask
+        return
+    flat = cond_mask.flatten(1)
+    n, place = flat.shape[1], torch.arange(flat.shape[1], device=keys.device)
+    rank = torch.where(flat, 1 << 33, random_words(keys, n, 0, PARTS))
+    rank = rank.argsort(dim=1, stable=True).argsort(dim=1)
+    part = rank * parts // (~flat).sum(1, keepdim=True)  # the seen ones come last, and after all
     words = random_words(keys, n, 1, PARTS)
-    last = torch.where(others.flatten(1), 1 << 33, 1 << 34)
-    order = torch.where(seen.flatten(1), 0, last + words).argsort(dim=1, stable=True)
-    rank = torch.arange(n, device=keys.device)
-    most = torch.maximum(seen.flatten(1).sum(1), torch.tensor(round(fraction * n)).to(keys.device))
-    most = torch.minimum(most, (seen | others).flatten(1).sum(1))
-    more = torch.zeros_like(seen.flatten(1)).scatter_(1, order, rank < most[:, None])
-    return more.view_as(seen)
+    for i in range(parts):
+        drawn = (part < i) & ~flat
+        order = torch.where(flat, 0, torch.where(drawn, words, 1 << 33) + 1)
+        order = order.argsort(dim=1, stable=True)
+        there = flat.sum(1, keepdim=True)
+        most = torch.clamp(there, min=round(fraction * n)).minimum(there + drawn.sum(1, True))
+        seen = torch.zeros_like(flat).scatter_(1, order, place < most)
+        yield ((part == i) & ~flat).view_as(cond_mask), seen.view_as(cond_mask)
