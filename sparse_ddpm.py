@@ -13,14 +13,14 @@ precisions they give the guess g, of precision P:
     P = 1 / v + a_t / (1 - a_t),    g = (h / v + x_t sqrt(a_t) / (1 - a_t)) / P
     x0_hat = g + f / sqrt(P)        so that f has to have variance 1 or so at every t
 
-Sampling runs the reverse process with it. K draws from different noise agree on the seen pixels and
-differ elsewhere: their mean has the least error, their spread says where the network is guessing.
-One call from pure noise, which says nothing about the image, is the posterior mean at once.
+K draws from different noise agree on the seen pixels and differ elsewhere: their mean has the least
+error, their spread says where the network is guessing. One call from pure noise, which says nothing
+about the image, is the posterior mean at once.
 
 x_t is made from all pixels: so far this is training on complete images with a masked loss. With
---observed-only a pixel that is neither seen nor a target is never read, and need not exist. x_t is
-on the target pixels alone; the minimiser is E[x_target | x_t, x_seen] all the same. For sampling
-the unseen pixels are cut into parts as large, each of which gets a reverse process of its own.
+--observed-only x_t is on the target pixels alone; the minimiser is E[x_target | x_t, x_seen] all
+the same, and a pixel that is neither seen nor a target is never read, and need not exist. Sampling
+cuts the unseen pixels into parts as large, each of which gets a reverse process of its own.
 
     python sparse_ddpm.py --sparsity 0.2                         # train, reconstruct, draw
     python sparse_ddpm.py --observed-only 0.4                    # of each image 60% is never read
@@ -183,8 +183,6 @@ def sampling_table(config):
 # --------------------------------------------------------------------------------------------------
 # Diffusion.
 
-LEAST = 3e-3  # variance v that the loss knows
-
 
 def q_sample(x_start, t, noise, alphas_cumprod):
     """x_t of the forward process, Ho et al. 2020, Eq. 4. x_start, noise: (B, C, H, W); t: (B,)."""
@@ -206,7 +204,8 @@ def predict(model, x_t, t, context, alphas_cumprod, config):
         precision = 1 / variance + state / noise
         x = known = filled + news / noise / precision
         k = precision.rsqrt()
-        scale = (1 / variance.clamp(min=LEAST) + state / noise).rsqrt()
+        # k, but where v is tiny: there the loss would be made of a few surprising pixels.
+        scale = (1 / variance.clamp(min=3e-3) + state / noise).rsqrt()
     else:
         k_x, k = (number.float() for number in x0_from_output(config.objective, a_t))
         known, scale = k_x * x_t, k
@@ -221,8 +220,7 @@ def predict(model, x_t, t, context, alphas_cumprod, config):
 def training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config):
     """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks: see make_masks.
 
-    In units of scale it is that of f: for eps of the noise, for v of the velocity. For residual it
-    is so where v is not below LEAST; else the loss would be made of a few surprising pixels.
+    In units of scale it is that of f itself: for eps of the noise, for v of the velocity.
     """
     cond_mask, target_mask = masks
     x_t = q_sample(x_start, t, noise, alphas_cumprod)
@@ -295,8 +293,7 @@ def held_out_losses(model, data, alphas_cumprod, config):
         noise, keys = seeded_normal(index, data.shape), held_out_keys(len(index), config)
         x_start, observed = observe(part, keys, config.observed_only)
         masks = make_masks(keys, 0, config.image_size, config, observed)
-        fill = model.fill
-        loss = training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config)
+        loss = training_loss(model, model.fill, x_start, t, noise, masks, alphas_cumprod, config)
         losses[f"{name}_loss"] = loss
     return losses
 
@@ -326,8 +323,7 @@ def train(run, model, ema, data, config):
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        fill = model.fill
-        loss = training_loss(network, fill, x_start, t, noise, masks, alphas_cumprod, config)
+        loss = training_loss(network, model.fill, x_start, t, noise, masks, alphas_cumprod, config)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -340,8 +336,8 @@ def train(run, model, ema, data, config):
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
         if run.draws(step):
-            few = replace(config, num_draws=2)
-            found = reconstruct(run, ema, data.held_out_parts["val"][:8], few)
+            few, val = replace(config, num_draws=2), data.held_out_parts["val"][:8]
+            found = reconstruct(run, ema, val, few)
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
 
 
@@ -356,13 +352,13 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     """
     n, keys = len(part), held_out_keys(len(part), config)
     truth, observed = observe(part, keys, fraction)
-    shape, tested = truth.shape[1:], as_tested(config)
-    cond_mask, target_mask = make_masks(keys, 0, shape[-1], tested, observed)
+    shape = truth.shape[1:]
+    cond_mask, target_mask = make_masks(keys, 0, shape[-1], as_tested(config), observed)
     parts = model.fill.parts(cond_mask) if config.observed_only else None
     sample = make_sampler(model, shape, config, parts)
     count, depends_on = config.num_draws * n, [*model.state_dict().values(), truth]
     samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
-    for jobs in samples.missing():  # of the draws not there yet this process's, in batches
+    for jobs in samples.missing(parts or 1):  # of the draws not there yet this process's
         draw, i = jobs // n, jobs % n
         seeds = run.seeds((draw << 20) + i)
         for x_t in sample(seeds, truth[i] * cond_mask[i], cond_mask[i]):
@@ -370,8 +366,7 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
         samples.put(jobs, to_unit(x_t))
     draws = samples.gather().unflatten(0, (config.num_draws, n))
     found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
-    if observed is not None:
-        found["observed"] = observed
+    found |= {} if observed is None else {"observed": observed}
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 
 
@@ -399,8 +394,8 @@ def main(argv=None):
         else:
             train(run, model, ema, data, config)
             run.write("loss.png", draw_losses(run.history))
-            val, read = data.held_out_parts["val"][:64], config.observed_only
-            found = reconstruct(run, ema, val, config, fraction=read)
+            val = data.held_out_parts["val"][:64]
+            found = reconstruct(run, ema, val, config, fraction=config.observed_only)
             ema.intervals.fit(found, config.sample_steps)
             run.save()  # with the intervals
 

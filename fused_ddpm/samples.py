@@ -86,12 +86,13 @@ class Samples:
             key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return key.digest()
 
-    def missing(self):
-        """Indices (B,) of batches that are not whole yet, this process's share of them."""
+    def missing(self, parts=1):
+        """Indices (B,) of batches that are not whole yet, this process's share of them. parts: in
+        which a sample is made, for the progress bar."""
         index = torch.arange(self.n, device=self.config.device)
         batches = index.split(self.config.batch_size)
         batches = [i for i in batches if not self.done[i.cpu().numpy()].all()][rank() :: world()]
-        total = len(batches) * self.config.sample_steps
+        total = len(batches) * self.config.sample_steps * parts
         hidden = rank() > 0 or self.path is None
         self.bar = tqdm(total=total, desc="sampling", unit="step", leave=False, disable=hidden)
         yield from batches
