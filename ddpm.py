@@ -44,10 +44,10 @@ from fused_ddpm.unet import Unet
 
 @dataclass
 class Model:  # what the weights are: fixed with a checkpoint
-    image_size: int = flag(32, "side in pixels")
-    dim: int = flag(16, "channels at full resolution", full=128)
+    image_size: int = flag(32, "side in pixels", within="[4, 4096]")
+    dim: int = flag(16, "channels at full resolution", full=128, within="[1, 4096]")
     dim_mults: list[int] = flag([1, 4, 8], "channels of each level, times dim", full=[1, 2, 2, 2])
-    num_blocks: int = flag(1, "residual blocks of each level, down and up", full=3)
+    num_blocks: int = flag(1, "residual blocks of each level", full=3, within="[1, 100]")
     attn_resolutions: list[int] = flag([], "sides of the maps that get attention", full=[16])
     linear_attention: bool = flag(False, "attention at cost linear in the pixels elsewhere")
     num_timesteps: int = flag(1000, "T, steps of the forward process")
@@ -262,11 +262,11 @@ def train(run, model, ema, data, config):
 
         if run.reports(step):  # with saving, the only time the host waits for the device
             run.report(step, **held_out_losses(ema, data.held_out, alphas_cumprod, config))
-        if run.saves(step):  # also when told to stop
-            run.save(step, model=model, ema=ema, optimizer=optimizer)
         if run.draws(step):
             drawn = generate(run, ema, 64, data, config)
             run.write(f"step_{step + 1:06d}.png", draw_grid(drawn))
+        if run.saves(step):  # also when told to stop
+            run.save(step, model=model, ema=ema, optimizer=optimizer)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -54,9 +54,9 @@ from fused_ddpm.runs import Run
 
 @dataclass
 class Model:  # what the weights are: fixed with a checkpoint
-    dim: int = flag(32, "channels at full resolution", full=64)
+    dim: int = flag(32, "channels at full resolution", full=64, within="[1, 4096]")
     dim_mults: list[int] = flag([1, 2, 3], "channels of each level, times dim", full=[1, 2, 4])
-    num_blocks: int = flag(1, "blocks of each level, down and up", full=2)
+    num_blocks: int = flag(1, "blocks of each level", full=2, within="[1, 100]")
     modes: int = flag(16, "Fourier modes a direction, halved with each level", within="[4, 256]")
     conditioning: str = flag("encoder", "of the sparse image", ["encoder", "concat"])
     objective: str = flag("x0", "what the network predicts", ["eps", "x0"], full="eps")
@@ -86,7 +86,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 
 @dataclass
 class Sampling:  # how they are used: free
-    image_size: int = flag(32, "side of the grid to reconstruct, and to train, on", later=False)
+    image_size: int = flag(32, "side of the grid", within="[4, 4096]", later=False)
     sample_steps: int = flag(20, "network calls for an image", full=250)
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
@@ -318,11 +318,11 @@ def train(run, model, ema, data, config):
 
         if run.reports(step):  # with saving, the only time the host waits for the device
             run.report(step, **held_out_losses(ema, data.held_out, config))
-        if run.saves(step):  # also when told to stop
-            run.save(step, model=model, ema=ema, optimizer=optimizer)
         if run.draws(step):
             found = reconstruct(run, ema, data.held_out["val"][0][:8], 2, config)
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
+        if run.saves(step):  # also when told to stop
+            run.save(step, model=model, ema=ema, optimizer=optimizer)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from fused_ddpm.config import flag, make_parser
-from fused_ddpm.files import UserError, write
+from fused_ddpm.devices import check_device
+from fused_ddpm.files import UserError, in_one_line, occupy, write
 from fused_ddpm.images import as_file, choose_data, load_images, to_bytes, to_float, to_unit
 from fused_ddpm.pictures import draw_grid, draw_losses
 
@@ -51,7 +52,7 @@ from fused_ddpm.pictures import draw_grid, draw_losses
 class Settings:
     data: str = flag("auto", "fashion_mnist, mnist, cifar10, shapes, or a folder of images")
     data_dir: str = flag("data", "where downloaded data sets are kept")
-    image_size: int = flag(32, "side in pixels", within="[4, 2147483647]")
+    image_size: int = flag(32, "side in pixels", within="[4, 4096]")
     widths: list[int] = flag([16, 64, 128, 192], "channels at full size, half, a quarter, ...")
     steps: int = flag(2400, "optimizer steps")
     batch_size: int = flag(32, "images a step")
@@ -72,10 +73,6 @@ def get_config(argv):
     n, factor = len(config.widths), 2 ** (len(config.widths) - 1)
     if not n or config.image_size % factor:
         parser.error(f"--image-size {config.image_size}: with {n} widths, a multiple of {factor}")
-    try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {config.device}: {str(error).splitlines()[0]}")
     if not config.overwrite and Path(config.out_dir, "last.pt").exists():
         parser.error(f"--out-dir {config.out_dir}: holds a run already; --overwrite replaces it")
     return config
@@ -215,6 +212,7 @@ def draw(path, rows):
 
 
 def run(config):
+    check_device(config.device)
     out_dir = Path(config.out_dir)
     torch.manual_seed(config.seed)
     config.data = choose_data(config.data, False, config.data_dir)
@@ -229,9 +227,7 @@ def run(config):
     data = f"data {config.data} ({len(images)} images of {size})"
     print(f"toy_diffusion.py: {data}, device {config.device}")
     print(f"{count / 1e6:.2f}M parameters, output in {out_dir}/")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(out_dir, os.W_OK):
-        raise UserError(f"--out-dir {out_dir}: cannot be written")
+    held = occupy(out_dir)  # before the work, to know that it can be written
 
     history = train(config, model, images, test[:256])
     about = {"script": "toy_diffusion", "config": asdict(config)}
@@ -245,15 +241,20 @@ def run(config):
     write(out_dir / "samples.png", draw_grid(to_bytes(samples[:64])))
     write(out_dir / "samples.npy", as_file(to_unit(samples)))
     print(f"test loss {history['test_loss'][-1]:.4f}; pictures and samples.npy are in {out_dir}/")
+    if held is not None:
+        os.close(held)
 
 
 def main(argv=None):
     try:
         run(get_config(argv))
-    except (UserError, OSError) as error:
-        sys.exit(f"toy_diffusion.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("toy_diffusion.py: interrupted, nothing is saved")
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"toy_diffusion.py: error: {line}")
 
 
 if __name__ == "__main__":

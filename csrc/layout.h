@@ -2,6 +2,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <cstdint>
 #include <optional>
 
 namespace fused_ddpm {
@@ -38,7 +39,7 @@ inline void check_like(const at::Tensor& t, const at::Tensor& like, const char* 
 
 inline void check_posterior_step(
     const at::Tensor& x_t, const at::Tensor& out, const std::optional<at::Tensor>& out_uncond,
-    const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds) {
+    const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds, int64_t stream) {
   const char* op = "posterior_step";
   TORCH_CHECK_VALUE(x_t.dim() >= 1, op, ": x_t needs a batch dimension");
   TORCH_CHECK_TYPE(x_t.scalar_type() == at::kFloat, op, ": x_t must be float32, got ", x_t.scalar_type());
@@ -61,6 +62,7 @@ inline void check_posterior_step(
   TORCH_CHECK_VALUE(
       coefficients.device() == x_t.device() && step.device() == x_t.device() && seeds.device() == x_t.device(),
       op, ": coefficients, step and seeds must be on ", x_t.device());
+  TORCH_CHECK_VALUE(stream >= 0 && stream <= UINT32_MAX, op, ": stream ", stream, " is outside 0..", UINT32_MAX);
 }
 
 inline void check_mask(const at::Tensor& mask, const at::Tensor& pred, const char* name) {
@@ -88,7 +90,17 @@ inline void check_masked_loss(
   if (cond_mask) check_mask(*cond_mask, pred, "cond_mask");
 }
 
-// A mask as the kernels read it: bytes (bool is one, 0 or 1) or float32.
+inline at::ScalarType loss_dtype(const at::Tensor& pred) {
+  return pred.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_scalar(const at::Tensor& t, const at::Tensor& pred, const char* name) {
+  TORCH_CHECK_VALUE(
+      t.numel() == 1 && t.scalar_type() == loss_dtype(pred) && t.device() == pred.device(),
+      "masked_loss_backward: ", name, " must be one ", loss_dtype(pred), " on ", pred.device());
+}
+
+// A mask as the kernels read it: bytes, of which bool counts as 0 or 1, or float32.
 inline at::Tensor readable_mask(const std::optional<at::Tensor>& mask) {
   if (!mask) return at::Tensor();
   const at::Tensor m = mask->contiguous();
@@ -112,9 +124,5 @@ struct LossViews {
     }
   }
 };
-
-inline at::ScalarType loss_dtype(const at::Tensor& pred) {
-  return pred.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 }  // namespace fused_ddpm

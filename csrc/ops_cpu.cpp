@@ -153,6 +153,11 @@ DDPM_CLONES void read_bytes(float* w, const uint8_t* mask, int64_t n) {
   for (int64_t i = 0; i < n; ++i) w[i] = mask[i];
 }
 
+DDPM_CLONES void read_bools(float* w, const uint8_t* mask, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) w[i] = mask[i] != 0;  // a view of other bytes may hold more than 1
+}
+
 DDPM_CLONES void weight_chunk(float* w, const float* cond, float cond_weight, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) w[i] = mask_weight<float>(w[i], cond[i], cond_weight);
@@ -197,7 +202,7 @@ void store(T* image, const Acc* buffer, const Layout& at, int64_t begin, int64_t
 at::Tensor posterior_step_cpu(
     const at::Tensor& x_t, const at::Tensor& out, const std::optional<at::Tensor>& out_uncond, double guidance_scale,
     const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds, int64_t stream, bool clip) {
-  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds);
+  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds, stream);
   const at::Tensor x = dense(x_t), o = dense(out), u = out_uncond ? dense(*out_uncond) : at::Tensor();
   const at::Tensor y = at::empty_like(x);
   if (x.numel() == 0) return y;
@@ -254,7 +259,10 @@ struct Weights {
   static void read(float* to, const at::Tensor& mask, int64_t b, int64_t c, int64_t p, int64_t n) {
     const int64_t channels = mask.size(1), pixels = mask.size(2) * mask.size(3);
     const int64_t at = (b * channels + (channels > 1 ? c : 0)) * pixels + p;
-    if (is_bytes(mask)) return read_bytes(to, static_cast<const uint8_t*>(mask.const_data_ptr()) + at, n);
+    if (is_bytes(mask)) {
+      const auto read = mask.scalar_type() == at::kBool ? read_bools : read_bytes;
+      return read(to, static_cast<const uint8_t*>(mask.const_data_ptr()) + at, n);
+    }
     std::copy_n(mask.const_data_ptr<float>() + at, n, to);
   }
 
@@ -320,6 +328,8 @@ at::Tensor masked_loss_backward_cpu(
     const at::Tensor& grad, const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
     const std::optional<at::Tensor>& cond_mask, const at::Tensor& total, double cond_weight, int64_t kind) {
   check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
+  check_scalar(grad, pred_, "grad");
+  check_scalar(total, pred_, "total");
   const LossViews views(pred_, target_.to(loss_dtype(pred_)), target_mask.has_value());
   const auto& [pred, target, images, p_at, t_at] = views;
   const Weights weights(target_mask, cond_mask, cond_weight);

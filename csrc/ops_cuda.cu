@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) posterior_kernel(
 at::Tensor posterior_step_cuda(
     const at::Tensor& x_t, const at::Tensor& out, const std::optional<at::Tensor>& out_uncond, double guidance_scale,
     const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds, int64_t stream, bool clip) {
-  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds);
+  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds, stream);
   const c10::cuda::CUDAGuard guard(x_t.device());
   const at::Tensor x = dense(x_t), o = dense(out), u = out_uncond ? dense(*out_uncond) : at::Tensor();
   const at::Tensor y = at::empty_like(x);
@@ -150,7 +150,7 @@ at::Tensor posterior_step_cuda(
 // A mask of either dtype with one channel or one for each of pred's; data is null where there is none.
 struct Mask {
   const void* data;
-  bool bytes;
+  bool bytes, truth;  // of bytes: whether they count as 0 or 1
   int64_t channels;
   Layout plane;
 
@@ -159,6 +159,8 @@ struct Mask {
     const int64_t at = (b * channels + (channels > 1 ? c : 0)) * plane.pixels;
     if (bytes) {
       load4(to, static_cast<const uint8_t*>(data) + at, plane, group, n);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[j] = truth && to[j] > 1 ? Acc(1) : to[j];
     } else {
       load4(to, static_cast<const float*>(data) + at, plane, group, n);
     }
@@ -290,10 +292,10 @@ struct LossArguments : LossViews {
 
  private:
   Mask mask(const at::Tensor& m) const {
-    if (!m.defined()) return {nullptr, false, 0, {}};
+    if (!m.defined()) return {nullptr, false, false, 0, {}};
     Layout plane{1, p_at.pixels, 0, 1};
     plane.vector = vectorizable(m, plane, plane.pixels);
-    return {m.const_data_ptr(), is_bytes(m), m.size(1), plane};
+    return {m.const_data_ptr(), is_bytes(m), m.scalar_type() == at::kBool, m.size(1), plane};
   }
 };
 
@@ -338,18 +340,19 @@ at::Tensor masked_loss_backward_cuda(
     const at::Tensor& grad, const at::Tensor& pred, const at::Tensor& target, const std::optional<at::Tensor>& target_mask,
     const std::optional<at::Tensor>& cond_mask, const at::Tensor& total, double cond_weight, int64_t kind) {
   check_masked_loss(pred, target, target_mask, cond_mask, kind);
+  check_scalar(grad, pred, "grad");
+  check_scalar(total, pred, "total");
   const c10::cuda::CUDAGuard guard(pred.device());
   const LossArguments a(pred, target, target_mask, cond_mask);
   const at::Tensor grad_pred = at::empty_like(a.pred);
   if (pred.numel() == 0) return grad_pred;
-  const at::Tensor scale = grad.to(loss_dtype(pred));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss_backward", [&] {
     using T = scalar_t;
     using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
     with_kind(kind, [&](auto k) {
       loss_backward_kernel<T, Acc, decltype(k)::value><<<a.grid, THREADS, 0, stream>>>(
-          grad_pred.mutable_data_ptr<T>(), scale.const_data_ptr<Acc>(), total.const_data_ptr<Acc>(),
+          grad_pred.mutable_data_ptr<T>(), grad.const_data_ptr<Acc>(), total.const_data_ptr<Acc>(),
           a.pred.const_data_ptr<T>(), a.target.const_data_ptr<Acc>(), a.masks(), static_cast<Acc>(cond_weight), a.images,
           a.p_at, a.t_at);
     });

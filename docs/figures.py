@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import ddpm  # noqa: E402
 from fused_ddpm import posterior_step, seeded_normal  # noqa: E402
-from fused_ddpm.files import UserError, load_checkpoint, write  # noqa: E402
+from fused_ddpm.checkpoints import load_checkpoint  # noqa: E402
+from fused_ddpm.files import UserError, write  # noqa: E402
 from fused_ddpm.images import Data, to_bytes, to_float  # noqa: E402
 from fused_ddpm.pictures import draw_columns, draw_grid, tile  # noqa: E402
 from fused_ddpm.unet import TimeEmbedding, Unet  # noqa: E402

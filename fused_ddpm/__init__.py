@@ -2,8 +2,8 @@
 
     from fused_ddpm import posterior_step, masked_loss, seeded_normal, graphed
 
-The rest is in modules, one idea each: unet, fno, masks, fill, config, runs, images, samples,
-pictures, metrics. `fused_ddpm.status()` says which backend runs, and why.
+The rest is in modules, one idea each: unet, fno, masks, fill, config, runs, checkpoints, images,
+samples, pictures, metrics. `fused_ddpm.status()` says which backend runs, and why.
 """
 
 from fused_ddpm.graphs import graphed

@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 
-from fused_ddpm.files import UserError, load_checkpoint
+from fused_ddpm.checkpoints import load_checkpoint
+from fused_ddpm.files import UserError
 
 SAME = object()
-ANY_COUNT = "[1, 2147483647]"
+ANY_COUNT = "[1, 10000000]"
 
 
 def flag(default, help, choices=None, *, full=SAME, within=None, later=None):
     """A field that is a flag. `default` is its value under the preset small, `full` under full.
 
-    within: bounds of a number, "(0, 1]" for 0 < x <= 1; of an int, from 1 on by default. later:
-    whether a resumed run may change it.
+    within: bounds of a number, "(0, 1]" for 0 < x <= 1; of an int, by default from 1 to ten
+    million. later: whether a resumed run may change it.
     """
     full = default if full is SAME else full
     metadata = dict(help=help, choices=choices, full=full, within=within, later=later)
@@ -43,7 +44,7 @@ class RunConfig:  # where and how: the same for every script
     amp: str = flag("auto", "bfloat16 where the hardware multiplies it", ["auto", "on", "off"])
     compile: bool = flag(False, "torch.compile the network: a slow start, then faster steps")
     data_dir: str = flag("data", "where downloaded data sets are kept")
-    out_dir: str | None = flag(None, "by default out/<script>; with --sample, the checkpoint's")
+    out_dir: str | None = flag(None, "out/<script>; with --sample, sample/ beside the checkpoint")
     save_every: int = flag(500, "steps between checkpoints")
     sample_every: int | None = flag(None, "steps between pictures; a fifth of the run")
     resume: bool = flag(False, "continue the run in out-dir")
@@ -82,6 +83,8 @@ def parser_of(field):
 
     def parse(text):
         value = kind(text)
+        if value == "":
+            raise argparse.ArgumentTypeError("must not be empty")
         if within:
             low, high = map(float, within[1:-1].split(","))
             above = value > low or (within[0] == "[" and value == low)
@@ -138,6 +141,17 @@ def fixed_flags(Config, sampling):
     return fixed
 
 
+def complete(Config, saved):
+    """A checkpoint's {name: value}, with the preset's for flags of Sampling that it is too old for.
+
+    Only of those that are free: with any other, the run would not be the same.
+    """
+    flags, fixed = flags_of(Config).items(), fixed_flags(Config, sampling=False)
+    free = {name for name, (_, part) in flags if part == "Sampling"} - fixed
+    values = preset_values(Config, saved.get("preset"))
+    return {name: values[name] for name in free} | saved
+
+
 def check_saved(Config, values):
     """Raise ValueError unless a checkpoint's {name: value} is what flags could have given."""
     flags = flags_of(Config)
@@ -166,6 +180,8 @@ def read_command_line(Config, script, about, argv=None):
     given = vars(parser.parse_args(argv))
     if "steps" in given and "epochs" in given:
         parser.error("argument --epochs: not allowed with argument --steps")
+    if "sample" in given and given.get("resume"):
+        parser.error("argument --resume: not allowed with argument --sample")
     device = given.get("device", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,9 +220,9 @@ def _continued(Config, script, given, parser):
     sampling, folder = "sample" in given, given.get("out_dir", f"out/{script}")
     path = Path(given["sample"]) if sampling else Path(folder, "last.pt")
     if sampling:
-        folder = given.get("out_dir", str(path.parent))
+        folder = given.get("out_dir", str(path.parent / "sample"))  # a run's own results stay
     checkpoint = load_checkpoint(path, script)
-    saved = checkpoint["config"]
+    saved = complete(Config, checkpoint["config"])
     try:
         check_saved(Config, saved)
     except ValueError as error:

@@ -1,17 +1,62 @@
-"""Files that are the old one or the new one, whole; checkpoints; and the one-line error."""
+"""Files that are the old one or the new one, whole; one process a folder; the one-line error."""
 
 import json
 import os
-import zipfile
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked
+    fcntl = None
 
 import numpy as np
 import torch
 
-FORMAT = 2  # of checkpoints
-
 
 class UserError(Exception):
     """Something only the user can mend; shown as one line, without a traceback."""
+
+
+NO_ROOM = "can't allocate memory", "not enough memory", "overflow"  # torch's words for it
+
+
+def in_one_line(error):
+    """What there is to say of an error by the user's doing; None for one of the program's own."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    no_room = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if no_room or (isinstance(error, RuntimeError) and any(w in str(error) for w in NO_ROOM)):
+        return "out of memory; a smaller --batch-size, --image-size or network needs less"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def occupy(folder):
+    """Make a folder ready for this process alone: what a killed one left half-written goes.
+
+    Returns what holds it until it is closed by os.close or the process ends, however it ends; None
+    where the system or a network disk knows no such lock. UserError if another process holds it.
+    """
+    held = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission")
+        if fcntl:
+            held = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(held)
+                busy = "another process is at work in it; wait for its end, or write elsewhere"
+                raise UserError(f"--out-dir {folder}: {busy}") from None
+            except OSError:
+                pass
+        for stale in folder.glob(".*.tmp.*"):
+            stale.unlink()
+    except OSError as error:
+        raise UserError(f"--out-dir {folder}: cannot be written ({error})") from error
+    return held
 
 
 def write(path, content):
@@ -39,33 +84,10 @@ def write(path, content):
             content.savefig(temporary, dpi=110)
         else:
             content.save(temporary)
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error})") from error
-
-
-def load_checkpoint(path, script):
-    """A checkpoint of this script as a dict of tensors and plain types, on the CPU.
-
-    The file's own checksums are verified first: torch.load does not look at them.
-    """
-    try:
-        if not path.is_file():
-            raise UserError(f"{path}: no such checkpoint")
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():
-                raise ValueError("checksum")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        written_by, version = checkpoint["script"], checkpoint.get("format", 1)
-    except UserError:
-        raise
-    except Exception as error:  # torch.load raises whatever the bytes made it stumble over
-        name = type(error).__name__
-        raise UserError(f"{path}: not a checkpoint, or a damaged one ({name})") from error
-    if written_by != script:
-        raise UserError(f"{path}: a checkpoint of {written_by}.py, not of {script}.py")
-    if version != FORMAT:
-        raise UserError(f"{path}: of another version of {script}.py; train anew, or use that one")
-    return checkpoint

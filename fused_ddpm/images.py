@@ -9,6 +9,7 @@ the device once, index it for a batch, and scale there. Names: cifar10, fashion_
 
 import functools
 import gzip
+import hashlib
 import socket
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def to_unit(x):
 def as_file(x):
     """float [0, 1], (N, C, H, W) -> a uint8 array (N, H, W, C), as samples.npy has it."""
     return (x * 255).round().byte().movedim(1, -1).numpy()
+
+
+def hash_of(tensors):
+    """A hash, as text, of tensors as they lie in memory."""
+    known = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        known.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return known.hexdigest()
 
 
 class Data:
@@ -146,6 +155,15 @@ class Data:
     @property
     def scale(self):
         return Scale(*(self._limits or []))
+
+    @property
+    def fingerprint(self):
+        """What a run knows its data by again: classes, hashes of all images and of their labels."""
+        parts = *self._train, self._test
+        observed = [part.observed for part in parts if part.observed is not None]
+        images = hash_of([part.images for part in parts] + observed)
+        labels = hash_of([part.labels for part in parts])
+        return {"class_names": list(class_names(self.name)), "images": images, "labels": labels}
 
     @property
     def images(self):

@@ -9,6 +9,7 @@ FUSED_DDPM=0 in the environment forces the reference.
 """
 
 import json
+import operator
 import os
 import sysconfig
 from pathlib import Path
@@ -57,6 +58,13 @@ def fused(device):
     return torch.device(device).type in BACKENDS
 
 
+def check_devices(op, first, **tensors):
+    """ValueError unless all are where the first is: mixed, torch might take a path of neither."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first.device}")
+
+
 # --------------------------------------------------------------------------------------------------
 # One reverse step.
 
@@ -101,13 +109,20 @@ def posterior_step(
     x_t: float32 (B, ...), contiguous or channels_last. out, out_uncond: the same shape, float32,
     bfloat16 or float16. coefficients: float32 (steps, 5), rows (k_x, k_o, a, b, s). step: the row,
     an int or an int64 tensor of one element on x_t's device, which lets a CUDA graph replay the
-    call for every step. seeds: int64 (B,), one an image.
+    call for every step. seeds: int64 (B,), one an image. stream:
+    of the noise, 0..2^32-1.
     Returns float32 like x_t; no gradient flows through. Raises ValueError, TypeError or IndexError
     where these do not fit.
     """
+    tensors = dict(out=out, coefficients=coefficients, seeds=seeds, out_uncond=out_uncond)
     on_host = not isinstance(step, torch.Tensor)
-    if on_host and not 0 <= step < len(coefficients):
+    if not on_host:
+        tensors["step"] = step
+    elif not 0 <= operator.index(step) < len(coefficients):  # TypeError if it is not whole
         raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
+    check_devices("posterior_step", x_t, **tensors)
+    if not 0 <= stream < 1 << 32:
+        raise ValueError(f"posterior_step: stream {stream} is outside 0..{(1 << 32) - 1}")
     rest = out_uncond, guidance_scale, stream, clip
     if not fused(x_t.device):
         return posterior_step_reference(x_t, out, coefficients, step, seeds, *rest)
@@ -169,6 +184,8 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
         raise ValueError(f"masked_loss: kind must be one of {known}, got {kind!r}")
     if target_mask is None and cond_mask is not None:
         raise ValueError("masked_loss: cond_mask needs a target_mask")
+    masks = dict(target_mask=target_mask, cond_mask=cond_mask)
+    check_devices("masked_loss", pred, target=target, **masks)
     if not fused(pred.device):
         return masked_loss_reference(pred, target, target_mask, cond_mask, cond_weight, kind)
     loss, _ = torch.ops.fused_ddpm.masked_loss(
@@ -186,16 +203,22 @@ def _register():
 
     @torch.library.register_fake("fused_ddpm::posterior_step")
     def _(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip):
+        others = dict(out_uncond=out_uncond, coefficients=coefficients, step=step, seeds=seeds)
+        check_devices("posterior_step", x_t, out=out, **others)
         return torch.empty_like(dense(x_t))
 
     @torch.library.register_fake("fused_ddpm::masked_loss")
     def _(pred, target, target_mask, cond_mask, cond_weight, kind):
+        masks = dict(target_mask=target_mask, cond_mask=cond_mask)
+        check_devices("masked_loss", pred, target=target, **masks)
         double = pred.dtype == torch.float64
         scalar = pred.new_empty((), dtype=torch.float64 if double else torch.float32)
         return scalar, torch.empty_like(scalar)
 
     @torch.library.register_fake("fused_ddpm::masked_loss_backward")
     def _(grad, pred, target, target_mask, cond_mask, total, cond_weight, kind):
+        others = dict(target_mask=target_mask, cond_mask=cond_mask, total=total, grad=grad)
+        check_devices("masked_loss_backward", pred, target=target, **others)
         return torch.empty_like(dense(pred))
 
 

@@ -11,10 +11,12 @@ Over one process or many (torchrun). It calls nothing of the script's. What goes
 doing ends in one line: of the command line with exit status 2, of all else with 1.
 """
 
+import contextlib
 import math
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,11 +26,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
+from fused_ddpm.checkpoints import FORMAT, check_part
 from fused_ddpm.config import read_command_line
-from fused_ddpm.files import FORMAT, UserError, write
+from fused_ddpm.devices import check_device, multiplies_bfloat16
+from fused_ddpm.files import UserError, in_one_line, occupy, write
 from fused_ddpm.images import DataError
 from fused_ddpm.ops import status
-from fused_ddpm.processes import rank, sum_over, world
+from fused_ddpm.processes import Log, rank, sum_over, world
 from fused_ddpm.samples import Samples
 
 
@@ -46,20 +50,27 @@ class Run:
     def __init__(self, Config, argv=None, tf32=True):
         """Config: a dataclass, see config.py. tf32: whether a GPU may round matrix products."""
         module = sys.modules[Config.__module__]
-        self.script = Path(module.__file__).stem
-        self.tf32, self.signals, self.training, self.stopping = tf32, [], False, False
+        self.script, self.tf32 = Path(module.__file__).stem, tf32
+        self.signals, self.training, self.stopping = [], False, False
         self.losses, self.epoch, self.bar, self.files = [], -1, None, []
+        self.folder, self.old = None, set()  # what holds dir; what an older run left there
         self.state = {"step": 0, "history": {}, "losses": [], "facts": None}
         try:
             about = module.__doc__.split("\n")[0]
-            self.config, self.checkpoint = read_command_line(Config, self.script, about, argv)
-        except UserError as error:
-            sys.exit(self._line(error))
-        if self.checkpoint:
-            self.state = {key: self.checkpoint[key] for key in self.state}
+            with contextlib.redirect_stderr(Log(sys.stderr)):
+                self.config, found = read_command_line(Config, self.script, about, argv)
+        except (Exception, KeyboardInterrupt) as error:
+            self._end(error)
+            raise
+        self.checkpoint = found
+        if found:
+            self.state = {key: found[key] for key in self.state}
 
     def __enter__(self):
+        self.streams = sys.stdout, sys.stderr
+        self.handlers = {s: signal.signal(s, self._signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
+            sys.stdout, sys.stderr = map(Log, self.streams)
             self._start()
         except BaseException:
             self.__exit__(*sys.exc_info())
@@ -68,15 +79,11 @@ class Run:
 
     def _start(self):
         config, self.dir = self.config, Path(self.config.out_dir)
-        self.handlers = {s: signal.signal(s, self._signal) for s in (signal.SIGINT, signal.SIGTERM)}
         several = dist.is_torchelastic_launched()
         if several and config.device == "cuda":  # one process a GPU, or several on a CPU
             config.device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device, on_gpu = config.device, config.device.startswith("cuda")
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
+        check_device(self.device)
         if on_gpu:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
@@ -88,40 +95,45 @@ class Run:
                 raise UserError(f"{size}: must be a multiple of the {world()} processes")
         config.bfloat16 = config.amp == "on"
         if config.amp == "auto":
-            config.bfloat16 = self._multiplies_bfloat16()
-
-    def _multiplies_bfloat16(self):
-        """A GPU since Ampere, a CPU with instructions for it; else it is emulated, slowly."""
-        if self.device.startswith("cuda"):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        has = any(features.get(name) for name in ("amx_bf16", "avx512_bf16"))
-        return self.device == "cpu" and has
+            config.bfloat16 = multiplies_bfloat16(self.device)
 
     def _signal(self, number, frame):
-        """Ctrl-C and SIGTERM: training saves first, all else ends at once."""
-        if not self.training:
+        """Ctrl-C and SIGTERM: training saves first, all else ends at once.
+
+        So does training at a second one; not within a second, when torchrun passes on the first.
+        """
+        now = time.monotonic()
+        if not self.training or (self.signals and now - self.signals[-1] > 1):
             raise KeyboardInterrupt
-        self.signals.append(number)
+        self.signals.append(now)
 
     def __exit__(self, kind, error, traceback):
-        if error is None:
-            for samples, scratch in self.files:
+        try:
+            for samples, scratch in self.files if error is None else []:
                 samples.discard() if scratch else samples.keep()
+        except OSError as failed:
+            error = failed
         if self.bar is not None:
             self.bar.close()
-        for number, handler in getattr(self, "handlers", {}).items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        speaks = rank() == 0 or isinstance(error, DataError)
+        sys.stdout, sys.stderr = self.streams
+        if self.folder is not None:
+            os.close(self.folder)
         if dist.is_initialized():
             dist.destroy_process_group()
-        if isinstance(error, UserError):
-            sys.exit(self._line(error) if speaks else 1)
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(f"{self.script}.py: interrupted")
+        self._end(error)
 
-    def _line(self, error):
-        return f"{self.script}.py: error: {error}"
+    def _end(self, error):
+        """Exit, with one line of one process, if an error is by the user's doing."""
+        line = in_one_line(error)
+        line = f"error: {line}" if line else None
+        if isinstance(error, KeyboardInterrupt):
+            line = "interrupted"
+        left = isinstance(error, RuntimeError) and "by peer" in str(error)  # by one that says why
+        speaks = (self.leads or isinstance(error, DataError)) and not left
+        if line or left:
+            sys.exit(f"{self.script}.py: {line}" if speaks else 1)
 
     # -- before training ---------------------------------------------------------------------------
 
@@ -140,14 +152,14 @@ class Run:
         return self.state["history"]
 
     def say(self, text):
-        if self.leads:
-            print(text)
+        print(text)  # of the first process; the others' Log shows nothing
 
     def introduce(self, model, data):
-        """Print what is going to run on what; if it is to train, make the folder ready for it."""
-        config, self.state["facts"] = self.config, data.facts
+        """Print what is going to run on what."""
+        config = self.config
         size, count = "x".join(map(str, data.shape)), ""
         if not config.sample:
+            self._check_facts(data)
             n = len(data.images)
             count = f"{n} images of "
             if config.steps is None:
@@ -160,29 +172,57 @@ class Run:
                  f"device {self.device}{precision}")  # fmt: skip
         self.say(f"extension: {status()}")
         self.say(f"{millions:.2f}M parameters, output in {self.dir}/")
-        if not config.sample and self.leads:
-            if not self.checkpoint:  # --overwrite: none of these to be taken for the new run's
-                for name in ("last.pt", "gaussian.npz", "step_*.png"):
-                    for old in self.dir.glob(name):
-                        old.unlink()
-            self.write("config.json", asdict(config))
+
+    def _check_facts(self, data):
+        """A run goes on with the data it was made with, or not at all."""
+        known, facts = self.facts or {}, data.facts | data.fingerprint
+        for name in facts:
+            if name in known and facts[name] != known[name]:
+                other = f"other {name.replace('_', ' ')} than the run was made with"
+                raise UserError(f"--data {data.name}: {other}; bring them back, or start anew")
+        self.state["facts"] = facts
 
     def restore(self, **parts):
         """Load each part, name=module or optimizer, from the checkpoint if the run has one."""
-        self.parts = parts
-        for name, part in parts.items() if self.checkpoint else []:
-            try:
-                part.load_state_dict(self.checkpoint[name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                wrong = str(error).strip().splitlines()[-1].strip()
-                raise UserError(
-                    f"the checkpoint does not fit --data {self.config.data} or this version of the "
-                    f"network: {wrong}"
-                ) from error
+        self.parts, saved = parts, self.checkpoint
+        try:
+            for name, part in parts.items() if saved else []:
+                check_part(part, saved[name])
+            for name, part in parts.items() if saved else []:
+                part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            wrong = str(error).strip().splitlines()[-1].strip()
+            fits = f"does not fit --data {self.config.data} or this version of the network"
+            raise UserError(f"the checkpoint {fits}: {wrong}") from error
+        if self.leads:
+            self._take_folder()
+
+    def _take_folder(self):
+        """From here on the run writes; until now nothing on disk has changed."""
+        self.folder, config = occupy(self.dir), self.config
+        there = (self.dir / "last.pt").exists()
+        if config.sample:
+            return
+        if not self.checkpoint:
+            if there and not config.overwrite:  # it was not, when this run began
+                raise UserError(f"--out-dir {self.dir}: holds a run already")
+            for name in "gaussian.npz", "step_*.png":  # not to be taken for the new run's
+                self.old.update(self.dir.glob(name))
+        if self.checkpoint or not there:
+            self._write_beside()
+
+    def _write_beside(self):
+        """What goes with last.pt; also what a kill right after last.pt has left undone."""
+        self.write("config.json", asdict(self.config))
+        self.write("history.json", self.history)
+        while self.old:
+            self.old.pop().unlink()
 
     def parallel(self, model):
         """The model as training calls it: over all processes, compiled with --compile."""
-        network = nn.parallel.DistributedDataParallel(model) if world() > 1 else model
+        network = model
+        if world() > 1:  # buffers are the same everywhere, and large
+            network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         return torch.compile(network) if self.config.compile else network
 
     # -- training ----------------------------------------------------------------------------------
@@ -243,7 +283,7 @@ class Run:
         return self.stopping or (step + 1) % self.config.save_every == 0 or self.last(step)
 
     def draws(self, step):
-        return (step + 1) % self.sample_every == 0 and not self.last(step) and not self.stopping
+        return (step + 1) % self.sample_every == 0 and not self.last(step)
 
     def _mean_loss(self, step):
         """Over all processes and the losses kept; UserError if that is not finite."""
@@ -285,7 +325,7 @@ class Run:
             config = {k: v for k, v in asdict(self.config).items() if k != "bfloat16"}
             states = {name: part.state_dict() for name, part in parts.items()}
             self.write("last.pt", about | {"config": config} | self.state | states)
-            self.write("history.json", self.history)
+            self._write_beside()
 
     # -- sampling ----------------------------------------------------------------------------------
 
@@ -308,3 +348,4 @@ class Run:
         """A file in dir, of the kind its ending says, by the first process, in one move."""
         if self.leads:
             write(self.dir / name, content)
+            self.old.discard(self.dir / name)

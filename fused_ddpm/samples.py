@@ -17,6 +17,7 @@ import io
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -43,6 +44,8 @@ class Samples:
         else:
             self.part = path.with_name(f"{path.name}.part")
             self.dtype = np.dtype(str(dtype).removeprefix("torch."))
+            if path.is_dir():
+                raise DataError(f"{path}: is a folder; move it, or write elsewhere")
             try:
                 self._open(depends_on)
             except OSError as error:
@@ -59,6 +62,7 @@ class Samples:
         key = self._key(depends_on)
         if rank() == 0:
             self.part.parent.mkdir(parents=True, exist_ok=True)
+            self._find_room()
             with open(self.part, "r+b" if self.part.exists() else "w+b") as file:
                 same = file.read(len(header)) == header
                 same = same and file.seek(self.flags + self.n) and file.read() == key
@@ -74,6 +78,14 @@ class Samples:
         wait()  # until all have read it: they share out the rest by it
         if self.done.any() and rank() == 0:
             print(f"{self.path.name}: {self.done.sum()} of {self.n} are there from an earlier run")
+
+    def _find_room(self):
+        there = self.part.stat() if self.part.exists() else None
+        free = shutil.disk_usage(self.part.parent).free + 512 * getattr(there, "st_blocks", 0)
+        if self.flags > free:
+            need, free = (f"{size / 1e9:.3g} GB" for size in (self.flags, free))
+            cure = "make room, or ask for fewer or smaller samples"
+            raise DataError(f"{self.part}: takes {need}, and {free} are free; {cure}")
 
     def _key(self, depends_on):
         """A hash of the tensors and of all settings but those that leave the samples the same."""

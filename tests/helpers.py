@@ -47,6 +47,22 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def assert_same(a, b):
+    """Nested dicts and lists of tensors and plain values: to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
 def away_from_zero(net):
     """The network moved off its zero initialisation, which would hide everything."""
     g = torch.Generator().manual_seed(0)

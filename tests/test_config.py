@@ -12,6 +12,7 @@ import cfg_ddpm
 import ddpm
 import sparse_ddo
 import sparse_ddpm
+from fused_ddpm.checkpoints import FORMAT
 from fused_ddpm.config import (
     RunConfig,
     check_saved,
@@ -23,7 +24,7 @@ from fused_ddpm.config import (
     preset_values,
     read_command_line,
 )
-from fused_ddpm.files import FORMAT, UserError
+from fused_ddpm.files import UserError
 
 SCRIPTS = pytest.mark.parametrize(
     "script", [ddpm, cfg_ddpm, sparse_ddpm, sparse_ddo], ids=lambda script: script.__name__
@@ -163,13 +164,13 @@ def test_kinds_of_fields():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--width 0", "argument --width: must lie in [1, 2147483647], got 0"),
-        ("--width -3", "argument --width: must lie in [1, 2147483647], got -3"),
-        ("--width 2147483648", "argument --width: must lie in [1, 2147483647], got 2147483648"),
+        ("--width 0", "argument --width: must lie in [1, 10000000], got 0"),
+        ("--width -3", "argument --width: must lie in [1, 10000000], got -3"),
+        ("--width 10000001", "argument --width: must lie in [1, 10000000], got 10000001"),
         ("--width 1.5", "argument --width: invalid int value: '1.5'"),
         ("--width wide", "argument --width: invalid int value: 'wide'"),
         ("--width 7", "--width 7: must be even"),
-        ("--levels 1 0", "argument --levels: must lie in [1, 2147483647], got 0"),
+        ("--levels 1 0", "argument --levels: must lie in [1, 10000000], got 0"),
         ("--kind c", "argument --kind: invalid choice: 'c'"),
         ("--rate 0", "argument --rate: must lie in (0, 1], got 0"),
         ("--rate 1.01", "argument --rate: must lie in (0, 1], got 1.01"),
@@ -181,6 +182,10 @@ def test_kinds_of_fields():
         ("--seed -1", "argument --seed: must lie in [0, 2147483647], got -1"),
         ("--steps 5 --epochs 1", "argument --epochs: not allowed with argument --steps"),
         ("--unknown 1", "unrecognized arguments: --unknown 1"),
+        ("--data=", "argument --data: must not be empty"),
+        ("--sample=", "argument --sample: must not be empty"),
+        ("--out-dir=", "argument --out-dir: must not be empty"),
+        ("--sample x.pt --resume", "argument --resume: not allowed with argument --sample"),
     ],
 )
 def test_flags_that_do_not_fit_exit_with_2(here, capsys, flags, message):
@@ -201,7 +206,7 @@ def test_bounds_themselves_are_in_or_out_as_written(flags):
     "flags, message",
     [
         ("--steps 5 --epochs 1", "argument --epochs: not allowed with argument --steps"),
-        ("--batch-size 0", "argument --batch-size: must lie in [1, 2147483647], got 0"),
+        ("--batch-size 0", "argument --batch-size: must lie in [1, 10000000], got 0"),
         ("--lr 0", "argument --lr: must lie in (0, 1], got 0"),
         ("--ema-decay 1", "argument --ema-decay: must lie in [0, 1), got 1"),
         ("--amp perhaps", "argument --amp: invalid choice: 'perhaps'"),
@@ -252,7 +257,9 @@ def checkpoint(here):
     def make(folder="run", **changes):
         path = here / folder / "last.pt"
         path.parent.mkdir(exist_ok=True, parents=True)
-        torch.save({"script": "script", "format": FORMAT, "config": saved(**changes)}, path)
+        content = {"script": "script", "format": FORMAT, "config": saved(**changes), "step": 0}
+        content |= {"history": {}, "losses": []}
+        torch.save(content | {"facts": {"shape": [1, 8, 8], "class_names": []}}, path)
         return str(path)
 
     return make
@@ -273,10 +280,11 @@ def test_a_resumed_run_is_in_the_folder_it_was_found_in(checkpoint):
     assert read("--resume")[0].out_dir == "out/script"
 
 
-def test_samples_go_beside_the_checkpoint_or_where_it_is_said(checkpoint):
+def test_samples_go_into_a_folder_beside_the_checkpoint_or_where_it_is_said(checkpoint):
     path = checkpoint(width=12, resume=True, sample="old.pt")
     config, _ = read("--sample", path)
-    assert config.out_dir == os.path.dirname(path) and config.width == 12
+    assert config.out_dir == os.path.join(os.path.dirname(path), "sample")
+    assert config.width == 12
     assert config.sample == path and not config.resume
     config, _ = read("--sample", path, "--out-dir", "new", "--seed", "5", "--sample-steps", "3")
     assert (config.out_dir, config.seed, config.sample_steps) == ("new", 5, 3)
@@ -341,10 +349,10 @@ def test_missing_and_unknown_fields_are_named():
         ({"width": 8.0}, "width is 8.0"),
         ({"width": None}, "width is None"),
         ({"width": [8]}, "width is [8]"),
-        ({"width": 0}, "width must lie in [1, 2147483647], got 0"),
+        ({"width": 0}, "width must lie in [1, 10000000], got 0"),
         ({"levels": 3}, "levels is 3"),
         ({"levels": [1, "2"]}, "levels is [1, '2']"),
-        ({"levels": [1, -2]}, "levels must lie in [1, 2147483647], got -2"),
+        ({"levels": [1, -2]}, "levels must lie in [1, 10000000], got -2"),
         ({"kind": "c"}, "kind is 'c'"),
         ({"kind": 1}, "kind is 1"),
         ({"linear": "yes"}, "linear is 'yes'"),
@@ -375,3 +383,18 @@ def test_a_damaged_configuration_is_an_error_for_the_user(checkpoint):
     cure = r"last.pt: its configuration cannot be used \(width is 'wide'\)$"
     with pytest.raises(UserError, match=cure):
         read("--sample", path)
+
+
+def test_a_checkpoint_from_before_a_free_flag_takes_its_value(checkpoint):
+    """sweep and sample_steps only say how it samples; side and width make another run."""
+    path = checkpoint(preset="full", width=12)
+    content = torch.load(path, weights_only=True)
+    for name in ("sweep", "sample_steps"):
+        del content["config"][name]
+    torch.save(content, path)
+    config, _ = read("--resume", "--out-dir", "run")
+    assert (config.sweep, config.sample_steps, config.width) == ([0, 1], 20, 12)
+    del content["config"]["side"]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"\(of another version: side\)"):
+        read("--resume", "--out-dir", "run")

@@ -1,9 +1,11 @@
-"""Files that are the old one or the new one; checkpoints that are whole, or refused."""
+"""Files that are the old one or the new one; folders of one process; errors in one line."""
 
 import errno
 import json
 import os
-import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fused_ddpm import files
-from fused_ddpm.files import FORMAT, UserError, load_checkpoint, write
+from fused_ddpm.files import UserError, in_one_line, occupy, write
 from fused_ddpm.images import DataError
 
 
@@ -96,98 +98,82 @@ def test_what_is_wrong_with_the_data_is_an_error_for_the_user():
     assert issubclass(DataError, UserError)
 
 
-# -- checkpoints -----------------------------------------------------------------------------------
-
-WEIGHT = torch.arange(40) * 0.37 - 5
-CHECKPOINT = {"script": "ddpm", "format": FORMAT, "step": 3, "model": {"w": WEIGHT}}
-
-
-@pytest.fixture
-def path(tmp_path):
-    write(tmp_path / "last.pt", CHECKPOINT)
-    return tmp_path / "last.pt"
+def test_it_is_on_disk_before_it_is_moved(tmp_path, monkeypatch):
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda file: (calls.append("sync"), sync(file)))
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (calls.append("move"), replace(*paths)))
+    for name, content in CONTENTS.items():
+        write(tmp_path / name, content)
+    assert calls == ["sync", "move"] * len(CONTENTS)
 
 
-def refused(path, message):
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        load_checkpoint(path, "ddpm")
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+# -- one process a folder --------------------------------------------------------------------------
+
+HOLD = """import sys, time
+from pathlib import Path
+from fused_ddpm.files import occupy
+held = occupy(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
-DAMAGED = "not a checkpoint, or a damaged one"
+def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
+    folder = tmp_path / "new" / "run"
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"--out-dir .*run: another process is at work in it"):
+            occupy(folder)
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        held = occupy(folder)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    with pytest.raises(UserError, match="another process"):
+        occupy(folder)
+    os.close(held)
+    os.close(occupy(folder))
+    assert not any(folder.iterdir())  # no file is needed for it
 
 
-def test_a_checkpoint_comes_back(path):
-    loaded = load_checkpoint(path, "ddpm")
-    assert loaded.keys() == CHECKPOINT.keys() and loaded["step"] == 3
-    assert torch.equal(loaded["model"]["w"], WEIGHT)
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    whole = {"last.pt", ".hidden", "notes.tmp", "samples.npy.part"}
+    for name in [*whole, ".last.pt.tmp.pt", ".history.json.tmp.json", ".loss.png.tmp.png"]:
+        (tmp_path / name).write_text("x")
+    os.close(occupy(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == whole
 
 
-def test_one_flipped_bit_never_changes_what_is_loaded(path):
-    """Anywhere in the file: it is refused, or no content depends on that byte."""
-    whole = path.read_bytes()
-    refusals = 0
-    for place in range(0, len(whole), 3):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << place % 8
-        path.write_bytes(damaged)
-        try:
-            loaded = load_checkpoint(path, "ddpm")
-        except UserError as error:
-            assert "\n" not in str(error)
-            refusals += 1
-            continue
-        assert loaded["step"] == 3 and loaded["script"] == "ddpm"
-        assert torch.equal(loaded["model"]["w"], WEIGHT)
-    assert refusals > len(whole) / 3 / 2  # the rest is padding, and a second table of contents
+def test_where_there_are_no_locks_it_does_without(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as some network disks do
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    os.close(occupy(tmp_path))
+    monkeypatch.setattr(files, "fcntl", None)
+    assert occupy(tmp_path) is None
 
 
-def test_a_flipped_bit_of_a_weight_is_found(path):
-    whole = path.read_bytes()
-    start = whole.index(WEIGHT.numpy().tobytes())
-    for place in range(start, start + 160, 9):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1  # for torch.load a number like any other
-        path.write_bytes(damaged)
-        refused(path, f"{DAMAGED} (ValueError)")
+# -- what is said of an error ----------------------------------------------------------------------
 
 
-def test_a_truncated_file_is_refused(path):
-    whole = path.read_bytes()
-    for length in [0, 1, 10, *range(50, len(whole), 101), len(whole) - 1]:
-        path.write_bytes(whole[:length])
-        refused(path, DAMAGED)
+def raised(call):
+    with pytest.raises(BaseException) as error:
+        call()
+    return error.value
 
 
-@pytest.mark.parametrize("content", ["hello", [1, 2], {"step": 1}, 5])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
-    path = tmp_path / "other.pt"
-    torch.save(content, path)
-    refused(path, DAMAGED)
-    path.write_text("hello")
-    refused(path, DAMAGED)
-
-
-def test_pickled_code_is_not_run(tmp_path):
-    class Harmful:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "harm"),)
-
-    path = tmp_path / "harmful.pt"
-    torch.save(CHECKPOINT | {"step": Harmful()}, path)
-    refused(path, DAMAGED)
-    assert not (tmp_path / "harm").exists()
-
-
-def test_a_missing_or_foreign_one_is_named(tmp_path, path):
-    refused(tmp_path / "missing.pt", "no such checkpoint")
-    refused(tmp_path, "no such checkpoint")  # a folder
-    for changes, message in [
-        ({"script": "other"}, "a checkpoint of other.py, not of ddpm.py"),
-        ({"format": FORMAT + 1}, "of another version of ddpm.py; train anew, or use that one"),
+def test_errors_in_one_line():
+    assert in_one_line(UserError("--lr: no")) == "--lr: no"
+    assert "No such file" in in_one_line(raised(lambda: open("/nowhere/at/all")))
+    for call in [
+        lambda: torch.empty(1 << 50),
+        lambda: torch.empty(1 << 31, 1 << 31, 1 << 31),
+        lambda: np.empty(1 << 60, np.uint8),
     ]:
-        write(path, CHECKPOINT | changes)
-        refused(path, message)
-    unnumbered = {name: x for name, x in CHECKPOINT.items() if name != "format"}  # the first format
-    write(path, unnumbered)
-    refused(path, "of another version of ddpm.py")
+        assert in_one_line(raised(call)).startswith("out of memory; a smaller --batch-size")
+    for own in (RuntimeError("shapes"), ValueError("overflow"), KeyError("x"), None):
+        assert in_one_line(own) is None  # a traceback serves better

@@ -355,6 +355,89 @@ def test_bad_arguments_are_named(device):
         masked_loss(pred, target, mask.long())
 
 
+@pytest.fixture(params=["extension", "reference"])
+def either(request, monkeypatch):
+    """The calls by the extension and by the reference."""
+    if request.param == "reference":
+        monkeypatch.setattr(ops, "BACKENDS", ())
+    elif "cpu" not in ops.BACKENDS:
+        pytest.skip(ops.REASON)
+
+
+def test_tensors_elsewhere_are_named(either):
+    x, out, uncond, seeds = inputs((2, 3, 8, 8))
+    given = dict(x_t=x, out=out, coefficients=COEFFICIENTS, seeds=seeds, out_uncond=uncond)
+    given |= dict(step=torch.tensor(1))
+    for name in given:
+        with pytest.raises(ValueError, match=r"posterior_step: .* is on .*, expected"):
+            posterior_step(**given | {name: given[name].to("meta")})
+    names = ("pred", "target", "target_mask", "cond_mask")
+    given = dict(zip(names, loss_inputs((2, 3, 8, 8)), strict=True))
+    for name in given:
+        with pytest.raises(ValueError, match=r"masked_loss: .* is on .*, expected"):
+            masked_loss(**given | {name: given[name].to("meta")})
+
+
+@pytest.mark.parametrize("step, error", [(0.0, TypeError), (1.5, TypeError), (None, TypeError)])
+def test_a_step_that_is_not_whole_is_refused(either, step, error):
+    x, out, _, seeds = inputs((2, 3, 8, 8))
+    with pytest.raises(error):
+        posterior_step(x, out, COEFFICIENTS, step, seeds)
+
+
+def test_streams_are_words_of_32_bits(either):
+    x, out, _, seeds = inputs((2, 3, 8, 8))
+    for stream in (-1, 1 << 32):
+        with pytest.raises(ValueError, match=r"stream .* is outside 0..4294967295"):
+            posterior_step(x, out, COEFFICIENTS, 0, seeds, stream=stream)
+    last = posterior_step(x, out, COEFFICIENTS, 0, seeds, stream=(1 << 32) - 1)
+    z = normal_reference(seeds, x[0].numel(), 0, (1 << 32) - 1, torch.float64).view(x.shape)
+    k_x, k_o, a, b, s = COEFFICIENTS[0].double()
+    expected = a * (k_x * x + k_o * out).clamp(-1, 1) + b * x + s * z
+    torch.testing.assert_close(last.double(), expected, **CLOSE)
+
+
+@on_devices
+def test_the_operators_themselves_check_what_the_calls_do(device):
+    x, out, _, seeds = inputs((2, 3, 8, 8), device)
+    step, table = torch.tensor(1, device=device), COEFFICIENTS.to(device)
+    operators = torch.ops.fused_ddpm
+    for stream in (-1, 1 << 32):
+        with pytest.raises(ValueError, match=r"outside 0\.\.4294967295"):
+            operators.posterior_step(x, out, None, 1.0, table, step, seeds, stream, True)
+    with pytest.raises(ValueError, match="out is on meta"):
+        operators.posterior_step(x, out.to("meta"), None, 1.0, table, step, seeds, 0, True)
+    pred, target, *_ = loss_inputs((2, 3, 8, 8), device)
+    with pytest.raises(ValueError, match="target is on"):
+        operators.masked_loss(pred, target.to("meta"), None, None, 0.05, 0)
+    one = torch.ones((), device=device)
+    for name, wrong in [
+        ("grad", one.expand(2)),
+        ("grad", one[None][:0]),
+        ("grad", one.double()),
+        ("grad", one.to("meta")),
+        ("total", one[None][:0]),
+        ("total", one.long()),
+        ("total", one.to("meta")),
+    ]:
+        scalars = {"grad": one, "total": one} | {name: wrong}
+        grad, total = scalars.values()
+        with pytest.raises(ValueError, match=f"masked_loss_backward: {name} "):
+            operators.masked_loss_backward(grad, pred, target, None, None, total, 0.05, 0)
+
+
+@on_devices
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_bool_of_any_byte_counts_as_one(device, per_channel):
+    pred, target, *masks = loss_inputs((2, 3, 8, 8), device, per_channel=per_channel)
+    bytes_of = [m.byte() * 255 for m in masks]
+    odd = [m.view(torch.bool) for m in bytes_of]
+    assert torch.equal(masked_loss(pred, target, *odd, 0.3), masked_loss(pred, target, *masks, 0.3))
+    capped = masked_loss(pred, target, *bytes_of, 0.3)  # of uint8 the values count
+    either = masked_loss(pred, target, masks[0] | masks[1])
+    torch.testing.assert_close(capped, either)
+
+
 # -- which of the two runs -------------------------------------------------------------------------
 
 

@@ -11,14 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import exits_with, load, make_config, read_json, run_tiny, tiny_flags
+from helpers import (
+    assert_same,
+    exits_with,
+    load,
+    make_config,
+    read_json,
+    run_tiny,
+    tiny_flags,
+)
+from PIL import Image
 
 import cfg_ddpm
 import ddpm
 import sparse_ddo
 import sparse_ddpm
-from fused_ddpm import runs
+from fused_ddpm import images, runs
+from fused_ddpm.files import UserError
 from fused_ddpm.images import Data
+from fused_ddpm.processes import Log
 from fused_ddpm.runs import Run, mix
 
 SCRIPTS = [ddpm, cfg_ddpm, sparse_ddpm, sparse_ddo]
@@ -37,21 +48,6 @@ def stop_after(script, monkeypatch, step, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(script, "update_ema", update_and_stop)
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 # -- stopping and going on -------------------------------------------------------------------------
@@ -369,6 +365,222 @@ def test_a_checkpoint_holds_what_a_reader_needs(tmp_path):
     assert checkpoint["history"] == read_json(tmp_path / "history.json")
 
 
+# -- what belongs together -------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """In place of a kill: nothing catches it."""
+
+
+def kill_at(monkeypatch, name, step):
+    """The run dies instead of writing a file of this name, from a step of training on."""
+    write = Run.write
+
+    def write_or_die(run, file, content):
+        if file == name and (run.state["step"] >= step or "step_" in name):
+            raise Killed
+        write(run, file, content)
+
+    monkeypatch.setattr(Run, "write", write_or_die)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "config.json", "history.json", "step_000004.png"])
+def test_a_kill_between_two_files_leaves_nothing_undone(tmp_path, monkeypatch, name):
+    flags = ["--sample-every", "4"]  # a step that is also saved
+    run_tiny(ddpm, tmp_path / "whole", *flags)
+    with monkeypatch.context() as m:
+        kill_at(m, name, 4)
+        with pytest.raises(Killed):
+            run_tiny(ddpm, tmp_path / "parts", *flags)
+    (tmp_path / "parts" / ".last.pt.tmp.pt").write_text("half")
+    ddpm.main(["--resume", "--out-dir", str(tmp_path / "parts")])
+    whole, parts = ({p.name: p for p in (tmp_path / x).iterdir()} for x in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and "step_000004.png" in whole
+    for name in whole.keys() - {"last.pt", "config.json"}:
+        assert whole[name].read_bytes() == parts[name].read_bytes()
+
+
+def test_history_is_mended_though_nothing_is_left_to_train(tmp_path):
+    run_tiny(ddpm, tmp_path)
+    right = read_json(tmp_path / "history.json")
+    (tmp_path / "history.json").write_text("{}")
+    ddpm.main(["--resume", "--out-dir", str(tmp_path)])
+    assert read_json(tmp_path / "history.json") == right
+
+
+def test_an_overwritten_run_stays_until_the_new_one_is_saved(tmp_path, monkeypatch):
+    run_tiny(ddpm, tmp_path, "--sample-every", "2")
+    (tmp_path / "gaussian.npz").write_text("of the old run")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    new = ["--overwrite", "--seed", "1", "--sample-every", "3"]
+    with monkeypatch.context() as m:
+        kill_at(m, "last.pt", 0)
+        with pytest.raises(Killed):
+            run_tiny(ddpm, tmp_path, *new)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    ddpm.main(["--resume", "--out-dir", str(tmp_path)])  # the old one, as good as ever
+    assert (tmp_path / "last.pt").read_bytes() == before[tmp_path / "last.pt"]
+    run_tiny(ddpm, tmp_path, *new)
+    assert load(tmp_path / "last.pt")["config"]["seed"] == 1
+    assert {p.name for p in tmp_path.glob("step_*.png")} == {"step_000003.png"}
+    assert not (tmp_path / "gaussian.npz").exists()
+
+
+def test_samples_do_not_replace_the_runs_own(tmp_path):
+    run_tiny(ddpm, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    ddpm.main(["--sample", str(tmp_path / "last.pt"), "--num-samples", "3"])
+    assert np.load(tmp_path / "sample/samples.npy").shape == (3, 16, 16, 3)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tiny_run, tmp_path, capsys):
+    with tiny_run() as run:
+        run.introduce(torch.nn.Linear(2, 2), Data(run.config))
+        run.restore()
+        for call in [
+            lambda: run_tiny(ddpm, tmp_path / "run"),
+            lambda: run_tiny(ddpm, tmp_path / "run", "--overwrite"),
+        ]:
+            assert "another process is at work in it" in exits_with(1, capsys, call)
+        (tmp_path / "run/last.pt").touch()  # by one that was quicker, since this one began
+    with tiny_run("--overwrite") as late:
+        late.config.overwrite = False
+        late.introduce(torch.nn.Linear(2, 2), Data(late.config))
+        with pytest.raises(UserError, match="holds a run already"):
+            late.restore()
+
+
+# -- the data of a run -----------------------------------------------------------------------------
+
+
+def folder_of_images(folder):
+    for i in range(12):
+        colour = (20 * i, 255 - 20 * i, 7 * i)
+        path = folder / ("left" if i % 2 else "right") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(path)
+    return folder
+
+
+def replace_one(data):
+    Image.new("RGB", (16, 16), "red").save(data / "left" / "1.png")
+
+
+def add_one(data):
+    Image.new("RGB", (16, 16), "red").save(data / "left" / "new.png")
+
+
+def move_one(data):
+    (data / "right" / "8.png").rename(data / "left" / "08.png")
+
+
+def rename(data):
+    (data / "left").rename(data / "links")
+
+
+def make_grey(data):
+    for path in data.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (replace_one, "other images than the run was made with"),
+        (add_one, "other images than the run was made with"),
+        (move_one, "other images than the run was made with"),
+        (rename, "other class names than the run was made with"),
+        (make_grey, "the checkpoint is for 3x16x16, this is 1x16x16"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys, change, message):
+    data, out = folder_of_images(tmp_path / "data"), tmp_path / "run"
+    run_tiny(ddpm, out, "--data", str(data), "--steps", "2", "--batch-size", "4")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    change(data)
+    images.scan_folder.cache_clear()  # a new process would read it anew
+    call = lambda: ddpm.main(["--resume", "--out-dir", str(out), "--steps", "4"])
+    said = exits_with(1, capsys, call)
+    assert said.startswith(f"ddpm.py: error: --data {data}: ") and message in said
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    ddpm.main(["--sample", str(out / "last.pt"), "--num-samples", "2"])  # needs no data
+
+
+def test_labels_count_too():
+    x, y = torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 2])
+    assert images.hash_of([x, y]) == images.hash_of([x.clone(), y.clone()])
+    assert images.hash_of([x, y]) != images.hash_of([x, y.flip(0)])
+    assert images.hash_of([y[::2]]) == images.hash_of([torch.tensor([0, 2])])
+
+
+def test_a_run_from_before_the_hashes_goes_on(tmp_path):
+    run_tiny(ddpm, tmp_path, "--steps", "2")
+    old = load(tmp_path / "last.pt")
+    facts = {name: old["facts"][name] for name in ("shape", "class_names")}
+    torch.save(old | {"facts": facts}, tmp_path / "last.pt")
+    ddpm.main(["--resume", "--out-dir", str(tmp_path), "--steps", "3"])
+    assert load(tmp_path / "last.pt")["facts"] == old["facts"]
+
+
+# -- signals, logs ---------------------------------------------------------------------------------
+
+
+def test_a_second_signal_ends_the_run_at_once(tiny_run, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    with pytest.raises(SystemExit, match="interrupted"):
+        with tiny_run() as run:
+            run.training = True
+            for later in (0, 0.2, 0.7):  # torchrun passes on what the terminal has sent already
+                now[0] = 100 + later
+                os.kill(os.getpid(), signal.SIGINT)
+            assert len(run.signals) == 3
+            now[0] += 1.1
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("went on")
+
+
+def test_a_signal_while_the_checkpoint_is_read(tmp_path, monkeypatch):
+    def slow(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(runs, "read_command_line", slow)
+    with pytest.raises(SystemExit, match=r"^ddpm.py: interrupted$"):
+        with Run(ddpm.Config, ["--sample", "x.pt"]):
+            pytest.fail("started")
+
+
+def test_a_log_that_is_full_or_not_utf8_stops_nothing(tmp_path):
+    code = """if True:
+        import os, sys
+        from fused_ddpm.processes import Log
+        sys.stdout = Log(sys.stdout)
+        for _ in range(3):
+            print("späces 漢字", chr(0xDCFF))
+        os.write(2, b"done")"""
+    for encoding, target, shown in [
+        ("ascii", subprocess.PIPE, rb"sp\xe4ces \u6f22\u5b57 \udcff"),
+        ("utf-8", subprocess.PIPE, "späces 漢字 \\udcff".encode()),
+        ("utf-8", open("/dev/full", "wb"), None),
+    ]:
+        env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        end = subprocess.run(
+            [sys.executable, "-c", code], env=env, stdout=target, stderr=subprocess.PIPE
+        )
+        assert end.returncode == 0 and end.stderr == b"done"
+        assert shown is None or end.stdout.splitlines() == [shown] * 3
+
+
+def test_only_the_first_process_is_heard(monkeypatch, capsys):
+    log = Log(sys.stdout)
+    monkeypatch.setenv("RANK", "1")
+    log.write("alone")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "some")  # as torchrun sets it
+    log.write(" and not twice")
+    assert capsys.readouterr().out == "alone"
+
+
 # -- what ends a run in one line -------------------------------------------------------------------
 
 
@@ -430,7 +642,10 @@ def test_nor_is_a_loss_between_two_reports(tmp_path, monkeypatch):
         (["--data", "cifar"], "--data cifar: neither a data set"),
         (["--data", "{here}/empty"], "no images in it"),
         (["--device", "cuda:99"], "--device cuda:99: "),
-        (["--out-dir", "{here}/text.pt/below"], "below/config.json: cannot be written"),
+        (["--device", "meta"], "--device meta: "),
+        (["--device", "hpu"], "--device hpu: "),
+        (["--out-dir", "{here}/" + 300 * "x"], "File name too long"),
+        (["--out-dir", "{here}/text.pt/below"], "below: cannot be written"),
     ],
 )
 def test_bad_input_exits_with_1(tmp_path, capsys, flags, message):
@@ -439,6 +654,13 @@ def test_bad_input_exits_with_1(tmp_path, capsys, flags, message):
     flags = [flag.format(here=tmp_path) for flag in flags]
     said = exits_with(1, capsys, lambda: run_tiny(ddpm, tmp_path / "new", *flags))
     assert said.startswith("ddpm.py: error: ") and message in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_does_not_fit_into_memory_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ddpm, "Unet", lambda *args: torch.nn.Linear(1 << 24, 1 << 24))
+    said = exits_with(1, capsys, lambda: run_tiny(ddpm, tmp_path / "new"))
+    assert said.startswith("ddpm.py: error: out of memory; a smaller --batch-size")
     assert not (tmp_path / "new").exists()
 
 
@@ -458,6 +680,7 @@ def test_bad_checkpoints_exit_with_1(tmp_path, capsys):
     edited(good, tmp_path / "config.pt", config=good["config"] | {"dim": "wide"})
     without = {k: v for k, v in good["ema"].items() if k != "stem.weight"}
     edited(good, tmp_path / "weights.pt", ema=without)
+    edited(good, tmp_path / "nan.pt", ema=good["ema"] | {"stem.bias": torch.full((8,), math.nan)})
     for name, message in [
         ("missing.pt", "{path}: no such checkpoint"),
         ("text.pt", "{path}: not a checkpoint, or a damaged one"),
@@ -467,6 +690,7 @@ def test_bad_checkpoints_exit_with_1(tmp_path, capsys):
         ("old.pt", "{path}: of another version of ddpm.py"),
         ("config.pt", "{path}: its configuration cannot be used (dim is 'wide')"),
         ("weights.pt", "the checkpoint does not fit --data shapes or this version of the network"),
+        ("nan.pt", "{path}: not a checkpoint, or a damaged one (a number that is not finite)"),
     ]:
         flags = ["--sample", str(tmp_path / name), "--out-dir", str(tmp_path / "out")]
         said = exits_with(1, capsys, lambda: ddpm.main(flags))  # noqa: B023

@@ -1,6 +1,7 @@
 """Samples on their way to disk: what numpy saves, gone on with only where all is the same."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -229,3 +230,17 @@ def test_labels_and_samples_of_a_folder_by_class_keep_their_order(tmp_path):
     assert samples[:, 0, 0, 0].tolist() == [10 * i for i in range(24)]
     np.save(tmp_path / "labels.npy", np.arange(24) // 12)
     assert read_labels(tmp_path / "labels.npy", 24, 2).tolist() == [0] * 12 + [1] * 12
+
+
+def test_a_folder_in_its_place_is_found_at_the_start(path):
+    path.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"samples.npy: is a folder"):
+        open_samples(path)
+
+
+def test_more_than_the_disk_holds_is_found_at_the_start(path, monkeypatch):
+    usage = shutil.disk_usage(path.parent.parent)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage._replace(free=700))
+    with pytest.raises(DataError, match=r"part: takes 7\.28e-07 GB, and 7e-07 GB are free; make"):
+        open_samples(path)
+    assert not os.listdir(path.parent)

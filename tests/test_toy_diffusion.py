@@ -1,11 +1,14 @@
 """toy_diffusion.py: corruption, the loss, the samplers, a run, messages."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from helpers import exits_with, load, read_json
 
 import toy_diffusion as script
+from fused_ddpm.files import occupy
 
 TINY = """--data shapes --device cpu --image-size 16 --widths 8 16 16 --steps 100 --batch-size 16
 --num-samples 10 --lr 5e-3""".split()
@@ -104,13 +107,15 @@ def test_a_run_learns_and_writes_everything(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        ("--steps 0", 2, "argument --steps: must lie in [1, 2147483647], got 0"),
+        ("--steps 0", 2, "argument --steps: must lie in [1, 10000000], got 0"),
         ("--lr nan", 2, "argument --lr: must lie in (0, 1], got nan"),
         ("--lr 0", 2, "argument --lr: must lie in (0, 1], got 0"),
         ("--sampler guess", 2, "argument --sampler: invalid choice: 'guess'"),
         ("--image-size 30", 2, "--image-size 30: with 4 widths, a multiple of 8"),
         ("--widths", 2, "--image-size 32: with 0 widths"),
-        ("--device cuda:99", 2, "--device cuda:99: "),
+        ("--device cuda:99", 1, "--device cuda:99: "),
+        ("--device meta", 1, "--device meta: "),
+        ("--data=", 2, "argument --data: must not be empty"),
         ("--data nowhere", 1, "--data nowhere: neither a data set"),
     ],
 )
@@ -118,3 +123,28 @@ def test_bad_input(tmp_path, capsys, flags, code, message):
     call = lambda: script.main([*flags.split(), "--out-dir", str(tmp_path / "run")])
     assert message in exits_with(code, capsys, call)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory; a smaller"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_fails_in_training_fails_in_one_line(tmp_path, capsys, monkeypatch, error, message):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(script, "train", fail)
+    call = lambda: script.main([*TINY, "--out-dir", str(tmp_path)])
+    assert message in exits_with(1, capsys, call)
+
+
+def test_a_folder_in_use_is_found_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "train", lambda *args: pytest.fail("trained"))
+    held = occupy(tmp_path)
+    call = lambda: script.main([*TINY, "--out-dir", str(tmp_path)])
+    assert "another process is at work in it" in exits_with(1, capsys, call)
+    os.close(held)
+    assert not any(tmp_path.iterdir())
