@@ -54,13 +54,6 @@ def interpolate(x, mask, fraction):
     return torch.where(mask, x, set_convolution(x, mask, fraction)[0])
 
 
-LARGEST_SIDE = 64  # of images filled with the covariance of their pixels
-PRIOR = 100  # images: what the mean over a distance counts for
-RIDGE = 1e-4
-SHARP = 3  # how much the most telling of the seen pixels counts
-LEAST = 3e-3
-
-
 class GaussianFill:
     """The conditional mean of a Gaussian: what the best linear method can do.
 

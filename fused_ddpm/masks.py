@@ -180,6 +180,8 @@ def make_masks(keys, epoch, size, config, observed=None):
     masks = torch.zeros(2, len(keys), n, dtype=torch.bool, device=device)
     masks[0].scatter_(1, order, rank < seen)
     masks[1].scatter_(1, order, (rank >= seen) & (rank < end))
+    if observed is not None:  # of some images perhaps nothing
+        masks &= observed.flatten(1)
     return masks.view(2, -1, 1, size, size).unbind(0)
 
 

@@ -208,17 +208,8 @@ def test_too_small_a_folder(tmp_path):
 # -- Data ------------------------------------------------------------------------------------------
 
 
-class Config(sparse_ddpm.Config):
-    observed_only = missing = None
-    crop = False
-
-
 def config_for(folder, **more):
-    config = make_config(sparse_ddpm, data=str(folder))
-    config.__class__ = Config
-    for name, value in more.items():
-        setattr(config, name, value)
-    return config
+    return make_config(sparse_ddpm, data=str(folder), **more)
 
 
 @pytest.fixture
@@ -233,16 +224,18 @@ def metres(tmp_path):
 def test_data_of_incomplete_images(metres):
     data = Data(config_for(metres, missing=-9999.0))
     assert data.shape == (1, 16, 16) and data.images.dtype == torch.float32
-    assert data.observed.shape == data.images.shape and data.observed.dtype == torch.bool
-    assert 0.5 < data.observed.float().mean() < 0.7
-    assert (data.images[~data.observed] == 0).all() and to_float(data.images) is data.images
-    few = data.test(5)
-    assert len(few) == 5 and data.test_observed(5).shape == few.shape
-    assert (few[~data.test_observed(5)] == 0).all()
+    seen = data.train.observed
+    assert seen.shape == data.images.shape and seen.dtype == torch.bool
+    assert 0.5 < seen.float().mean() < 0.7
+    assert (data.images[~seen] == 0).all() and to_float(data.images) is data.images
+    few = data.test_part(5)
+    assert len(few) == 5 and few.observed.shape == few.images.shape
+    assert torch.equal(few.images, data.test(5)) and (few.images[~few.observed] == 0).all()
     for name, (images, labels) in data.held_out.items():
-        seen = data.held_out_observed[name]
-        assert len(seen) == len(images) == len(labels) and (images[~seen] == 0).all()
-        assert (images[seen] != 0).float().mean() > 0.99
+        part = data.held_out_parts[name]
+        assert torch.equal(part.images, images) and torch.equal(part.labels, labels)
+        assert len(part.observed) == len(part) and (images[~part.observed] == 0).all()
+        assert (images[part.observed] != 0).float().mean() > 0.99
     low, high = data.facts["scale"]
     assert (data.scale.low, data.scale.high) == (low, high)
     assert -3150 < low < -3000 and -800 < high < -500  # the test part, to -245, is not asked
@@ -254,7 +247,7 @@ def test_a_checkpoints_scale_is_used(metres):
     facts = {"shape": [1, 16, 16], "class_names": [], "scale": [-10_000.0, 10_000.0]}
     data = Data(config_for(metres, missing=-9999.0), facts)
     assert data.facts == facts and data.scale == Scale(-10_000.0, 10_000.0)
-    seen = data.test_observed(9)
+    seen = data.test_part(9).observed
     assert data.test(9)[seen].min() > -0.3 and data.test(9)[seen].max() < 0
     said = "the checkpoint is for 8-bit images, this has other values"
     with pytest.raises(UserError, match=said):

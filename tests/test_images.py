@@ -248,8 +248,8 @@ def test_parts_are_disjoint_and_shuffled_but_the_same_each_time():
     assert not torch.equal(parts, whole)
     assert torch.equal(Data(make_config(ddpm, seed=5)).images, data.images)  # whatever the seed
     assert data.facts == {"shape": [3, 16, 16], "class_names": shapes.NAMES, "scale": None}
-    assert data.observed is None and data.test_observed(9) is None
-    assert data.held_out_observed == {"val": None, "test": None}
+    held_out = data.held_out_parts.values()
+    assert all(part.observed is None for part in (data.train, data.test_part(9), *held_out))
 
 
 def test_held_out_images_are_128_at_most_and_once_more_without_a_class(monkeypatch):

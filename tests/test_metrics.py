@@ -19,6 +19,7 @@ from fused_ddpm.metrics import (
     rank_histogram,
     ssim,
     table,
+    unseen,
 )
 
 
@@ -93,6 +94,28 @@ def test_what_is_measured_where():
     assert one.keys() == metrics.keys() - {"calibration", "foreground"}
 
 
+def test_only_where_there_is_a_truth():
+    """Of incomplete images: nothing hangs on the values of what is missing."""
+    made = found()
+    there = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(2)) < 0.7
+    made |= {"observed": there, "target_mask": made["target_mask"] & there}
+    made["linear"] = 0.9 * made["truth"]
+    where = ~made["cond_mask"] & there
+    assert torch.equal(unseen(made), where) and 0 < where.float().mean() < 0.7
+    assert torch.equal(unseen(found()), ~made["cond_mask"])
+    metrics, intervals = evaluate(made), Intervals()
+    assert metrics["psnr"]["mean"] == psnr(made["draws"].mean(0), made["truth"], where)
+    assert metrics["psnr"]["linear"] == psnr(0.9 * made["truth"], made["truth"], where)
+    assert metrics["calibration"] == calibration(made["draws"], made["truth"], where)
+    intervals.fit(made, steps=3)
+    other = made | {"truth": torch.where(there, made["truth"], 0.5)}
+    again, also = evaluate(other), Intervals()
+    also.fit(other, steps=3)
+    assert again["psnr"]["mean"] == metrics["psnr"]["mean"]
+    assert again["calibration"] == metrics["calibration"]
+    assert torch.equal(also.line, intervals.line) and torch.equal(also.factors, intervals.factors)
+
+
 def test_compare_keeps_names_and_measures():
     truth, where, noisy = pictures()
     result = compare({"a": truth + 0.1, "b": noisy}, truth, where)
@@ -103,10 +126,11 @@ def test_compare_keeps_names_and_measures():
 
 def test_the_table_shows_them_all():
     made = found()
-    made |= {name: made["truth"] for name in ("regression", "gaussian", "convolution")}
+    made |= {name: made["truth"] for name in ("regression", "gaussian", "linear", "convolution")}
     metrics = evaluate(made)
     called = {"draw": "one draw", "mean": "mean of 3", "regression": "regression"}
-    called |= {"gaussian": "Gaussian", "convolution": "convolution"}
+    called |= {"gaussian": "Gaussian", "linear": "first guess"}
+    called |= {"convolution": "convolution"}
     for where, part in [("unseen", metrics), ("query", metrics["query"])]:
         first, *lines = table(metrics, where).splitlines()
         assert first == f"3 test images, {where} pixels only:"
@@ -133,6 +157,10 @@ def exchangeable(k, n=64, scale=1.0, seed=0):
     truth = centre + std * torch.randn(centre.shape, generator=g)
     draws = centre + scale * std * torch.randn(k, *centre.shape, generator=g)
     return draws, truth, torch.ones(n, 1, 32, 32, dtype=torch.bool)
+
+
+def as_found(draws, truth, where):
+    return {"draws": draws, "truth": truth, "cond_mask": ~where}
 
 
 @pytest.mark.parametrize("k", [2, 8])
@@ -173,7 +201,8 @@ def test_ranks_split_ties_evenly():
 
 def test_intervals_hold_on_images_they_were_not_fitted_on():
     intervals = Intervals()
-    intervals.fit(*exchangeable(8, scale=0.6), steps=20)  # too narrow by much
+    made = exchangeable(8, scale=0.6)  # too narrow by much
+    intervals.fit(as_found(*made), steps=20)
     draws, truth, where = exchangeable(8, scale=0.6, seed=1)
     for level in (0.5, 0.9):
         assert intervals.coverage(draws, truth, where, level) == pytest.approx(level, abs=0.01)
@@ -191,7 +220,7 @@ def test_intervals_hold_on_images_they_were_not_fitted_on():
 
 def test_one_draw_teaches_intervals_nothing():
     intervals = Intervals()
-    intervals.fit(*exchangeable(1, n=2), steps=20)
+    intervals.fit(as_found(*exchangeable(1, n=2)), steps=20)
     assert intervals.line.tolist() == [0, 1] and intervals.fitted_to.tolist() == [0, 0]
 
 
