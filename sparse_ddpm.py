@@ -421,6 +421,14 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 
 
+def make_model(shape, config):
+    """The network for images (C, H, W), with its first guess and its intervals."""
+    channels = shape[0]
+    model = Unet(3 * channels + 3, channels, config)  # g, m_c x_0, h: C each; masks, variance
+    model.fill, model.intervals = LinearFill(shape, config.sparsity[-1]), Intervals()
+    return model.to(config.device, memory_format=torch.channels_last)
+
+
 def main(argv=None):
     with Run(Config, argv) as run:
         config = run.config
@@ -428,10 +436,7 @@ def main(argv=None):
         if not config.sample and data.train.observed is not None and config.observed_only is None:
             config.observed_only = 1.0  # of what there is
         torch.manual_seed(config.seed)  # of the first weights
-        channels = data.shape[0]
-        model = Unet(3 * channels + 3, channels, config)  # g, m_c x_0, h: C each; masks, variance
-        model.fill, model.intervals = LinearFill(data.shape, config.sparsity[-1]), Intervals()
-        model = model.to(config.device, memory_format=torch.channels_last)
+        model = make_model(data.shape, config)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         ema.fill = model.fill
         run.introduce(model, data)

@@ -40,6 +40,31 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
+def open_device(device, amp="auto", tf32=True):
+    """Whether networks are to compute in bfloat16 there, as amp says. Raises UserError.
+
+    tf32: whether a GPU may round matrix products.
+    """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.benchmark = True
+    return amp == "on" or (amp == "auto" and multiplies_bfloat16(device))
+
+
+def multiplies_bfloat16(device):
+    """A GPU since Ampere, a CPU with instructions for it; else it is emulated, slowly."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    has = any(features.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return device == "cpu" and has
+
+
 class Run:
     """What a script asks of the machine: see above, and the methods in their order of use."""
 
@@ -72,31 +97,13 @@ class Run:
         several = dist.is_torchelastic_launched()
         if several and config.device == "cuda":  # one process a GPU, or several on a CPU
             config.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device, on_gpu = config.device, config.device.startswith("cuda")
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
-        if on_gpu:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-            torch.backends.cudnn.benchmark = True
+        self.device = config.device
+        config.bfloat16 = open_device(config.device, config.amp, self.tf32)
         if several:
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
             if config.batch_size % world():
                 size = f"--batch-size {config.batch_size}"
                 raise UserError(f"{size}: must be a multiple of the {world()} processes")
-        config.bfloat16 = config.amp == "on"
-        if config.amp == "auto":
-            config.bfloat16 = self._multiplies_bfloat16()
-
-    def _multiplies_bfloat16(self):
-        """A GPU since Ampere, a CPU with instructions for it; else it is emulated, slowly."""
-        if self.device.startswith("cuda"):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        has = any(features.get(name) for name in ("amx_bf16", "avx512_bf16"))
-        return self.device == "cpu" and has
 
     def _signal(self, number, frame):
         """Ctrl-C and SIGTERM: training saves first, all else ends at once."""
