@@ -354,7 +354,8 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     truth, observed = observe(part, keys, fraction)
     shape = truth.shape[1:]
     cond_mask, target_mask = make_masks(keys, 0, shape[-1], as_tested(config), observed)
-    parts = model.fill.parts(cond_mask) if config.observed_only else None
+    unseen = 1 - cond_mask.float().mean().item()
+    parts = model.fill.parts(unseen) if config.observed_only else None
     sample = make_sampler(model, shape, config, parts)
     count, depends_on = config.num_draws * n, [*model.state_dict().values(), truth]
     samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)

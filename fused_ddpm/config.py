@@ -200,6 +200,17 @@ def read_command_line(Config, script, about, argv=None):
     return config, checkpoint
 
 
+def read_checkpoint(Config, path, script):
+    """load_checkpoint, with a configuration that fits; else UserError."""
+    checkpoint = load_checkpoint(path, script)
+    checkpoint["config"] = complete(Config, checkpoint["config"])
+    try:
+        check_saved(Config, checkpoint["config"])
+    except ValueError as error:
+        raise UserError(f"{path}: its configuration cannot be used ({error})") from error
+    return checkpoint
+
+
 def _started(Config, script, given, parser, device):
     """The values of a new run's preset."""
     preset = given.get("preset", "auto")
@@ -221,12 +232,8 @@ def _continued(Config, script, given, parser):
     path = Path(given["sample"]) if sampling else Path(folder, "last.pt")
     if sampling:
         folder = given.get("out_dir", str(path.parent / "sample"))  # a run's own results stay
-    checkpoint = load_checkpoint(path, script)
-    saved = complete(Config, checkpoint["config"])
-    try:
-        check_saved(Config, saved)
-    except ValueError as error:
-        raise UserError(f"{path}: its configuration cannot be used ({error})") from error
+    checkpoint = read_checkpoint(Config, path, script)
+    saved = checkpoint["config"]
     for name in sorted(given.keys() & fixed_flags(Config, sampling)):
         if given[name] not in (saved[name], "auto"):
             dashed = name.replace("_", "-")

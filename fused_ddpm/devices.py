@@ -14,6 +14,19 @@ def check_device(device):
         raise UserError(f"--device {device}: {reason}") from error
 
 
+def open_device(device, amp="auto", tf32=True):
+    """Whether networks are to compute in bfloat16 there, as amp says. Raises UserError.
+
+    tf32: whether a GPU may round matrix products.
+    """
+    check_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.benchmark = True
+    return amp == "on" or (amp == "auto" and multiplies_bfloat16(device))
+
+
 def multiplies_bfloat16(device):
     """A GPU since Ampere, a CPU with instructions for it; else it is emulated, slowly."""
     if device.startswith("cuda"):

@@ -63,12 +63,15 @@ def write(path, content):
     """Write next to path, then move into place: path is the old file or the new one, whole.
 
     content: for .json what json takes, for .npy an array, for .npz a dict of arrays, for .pt what
-    torch.save takes, for .png or .gif a picture of PIL or a matplotlib figure.
+    torch.save takes, for .png or .gif a matplotlib figure or frames; or what has a save(path), as a
+    picture of PIL.
     """
     temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
+        if hasattr(content, "save"):
+            content.save(temporary)
+        elif path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=1))
         elif path.suffix == ".npy":
             np.save(temporary, content)
@@ -80,10 +83,8 @@ def write(path, content):
             wait = [80] * (len(content) - 1) + [2000]  # milliseconds
             first, *rest = content
             first.save(temporary, save_all=True, append_images=rest, duration=wait, loop=0)
-        elif hasattr(content, "savefig"):
-            content.savefig(temporary, dpi=110)
         else:
-            content.save(temporary)
+            content.savefig(temporary, dpi=110)
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -83,13 +83,6 @@ def load_folder(folder, image_size, train, missing=None, crop=False, scale=None)
 @functools.cache
 def list_folder(folder):
     """([(path, label)], names of the classes), in order of names: of sub-folders, or no classes."""
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    endings.update(ARRAYS)
-
-    def images_of(paths):
-        named = (p for p in paths if p.suffix.lower() in endings and not p.name.endswith(MASK))
-        return sorted(p for p in named if p.is_file())
-
     try:
         here = sorted(folder.iterdir())
         direct = images_of(here)
@@ -106,6 +99,14 @@ def list_folder(folder):
         none = "no images in it or its sub-folders; at least 3 are needed"
         raise DataError(f"--data {folder}: {none}")
     return files, list(classes)
+
+
+def images_of(paths):
+    """Those that are files of images, sorted; masks are not."""
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings.update(ARRAYS)
+    named = (p for p in paths if p.suffix.lower() in endings and not p.name.endswith(MASK))
+    return sorted(p for p in named if p.is_file())
 
 
 def all_below(folder):

@@ -55,8 +55,24 @@ def draw_columns(columns, rows=()):
     return draw_grid(images, len(columns), rows, list(columns))
 
 
+def draw_of_any_size(columns, rows=(), side=128):
+    """The same of {heading: [float (1, 3, H, W) in [0, 1]]}, the longer side of each at most so."""
+    longest = max(max(image.shape[-2:]) for images in columns.values() for image in images)
+    side = min(side, longest)
+
+    def fit(image):
+        h, w = (max(round(n * side / max(image.shape[-2:])), 1) for n in image.shape[-2:])
+        mode = "area" if h <= image.shape[-2] else "nearest"
+        image = F.interpolate(image, (h, w), mode=mode)
+        return F.pad(image, (0, side - w, 0, side - h), value=1.0)
+
+    sheets = {name: torch.cat([fit(image) for image in images]) for name, images in columns.items()}
+    return draw_columns({name: (255 * x).round().byte() for name, x in sheets.items()}, rows)
+
+
 def rgb(images):
-    return images.float().expand(-1, 3, -1, -1)
+    """float (N, 3, H, W): of two channels the first is shown, of four the first three."""
+    return images[:, : 3 if images.shape[1] > 2 else 1].float().expand(-1, 3, -1, -1)
 
 
 def draw_sheet(columns):

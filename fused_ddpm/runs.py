@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from fused_ddpm.checkpoints import FORMAT, check_part
 from fused_ddpm.config import read_command_line
-from fused_ddpm.devices import check_device, multiplies_bfloat16
+from fused_ddpm.devices import open_device
 from fused_ddpm.files import UserError, in_one_line, occupy, write
 from fused_ddpm.images import DataError
 from fused_ddpm.ops import status
@@ -82,20 +82,13 @@ class Run:
         several = dist.is_torchelastic_launched()
         if several and config.device == "cuda":  # one process a GPU, or several on a CPU
             config.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        self.device, on_gpu = config.device, config.device.startswith("cuda")
-        check_device(self.device)
-        if on_gpu:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-            torch.backends.cudnn.benchmark = True
+        self.device = config.device
+        config.bfloat16 = open_device(config.device, config.amp, self.tf32)
         if several:
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
             if config.batch_size % world():
                 size = f"--batch-size {config.batch_size}"
                 raise UserError(f"{size}: must be a multiple of the {world()} processes")
-        config.bfloat16 = config.amp == "on"
-        if config.amp == "auto":
-            config.bfloat16 = multiplies_bfloat16(self.device)
 
     def _signal(self, number, frame):
         """Ctrl-C and SIGTERM: training saves first, all else ends at once.

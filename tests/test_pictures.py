@@ -165,3 +165,18 @@ def test_all_of_them_can_be_written(tmp_path, device):
     for name, picture in drawn.items():
         write(tmp_path / name, picture)
     assert {path.name for path in tmp_path.iterdir()} == drawn.keys()
+
+
+def test_images_of_any_size_share_a_sheet():
+    small, wide = torch.zeros(1, 3, 5, 10), torch.full((1, 3, 100, 200), 0.5)
+    sheet = pictures.draw_of_any_size({"a": [small, wide], "b": [wide, small]}, side=50)
+    assert sheet.size == (2 * 3 * 52, 30 + 2 * 3 * 52)
+    pixels = np.asarray(sheet)[30:].reshape(2, 52, 3, 2, 52, 3, 3)[:, 1:51, 1, :, 1:51, 1]
+    black, grey = pixels[0, :25, 0], pixels[0, :25, 1]
+    assert (black == 0).all() and (grey == 128).all() and (pixels[:, 25:] == 255).all()
+
+
+def test_two_and_four_channels_are_shown_too():
+    for channels, shown in ((1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (4, [0, 1, 2])):
+        images = torch.arange(channels).view(1, -1, 1, 1).expand(2, -1, 4, 4)
+        assert pictures.rgb(images)[0, :, 0, 0].tolist() == shown
