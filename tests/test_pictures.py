@@ -126,7 +126,7 @@ def test_reconstructions_are_shown_beside_the_original(monkeypatch):
     share = f"{seen[:10].float().mean():.0%}"
     titles = ["original", f"seen ({share})", "target mask", "one draw", "mean of 3", "spread"]
     assert list(columns) == titles and all(len(x) == 10 for x in columns.values())
-    assert torch.equal(columns["original"], truth[:10])
+    assert torch.equal(columns["original"], truth[:10].expand(-1, 3, -1, -1))
     assert torch.equal(columns["one draw"], draws[0, :10])
     torch.testing.assert_close(columns["mean of 3"], draws[:, :10].mean(0))
     spread = draws[:, :10].var(0, correction=0).sqrt()
@@ -134,6 +134,8 @@ def test_reconstructions_are_shown_beside_the_original(monkeypatch):
     assert pixels(figure).shape == (10 * 6, 6 * 6, 3)
     assert len(draw_reconstructions(found, rows=2).axes) == 1
     assert sheets[1]["original"].shape[0] == 2
+    draw_reconstructions(found | {"observed": ~target})  # what is missing in the file
+    assert torch.equal(sheets[2]["original"], show_seen(truth, ~target)[:10])
 
 
 def test_a_single_draw_has_no_spread():
