@@ -70,7 +70,7 @@ def test_an_image_of_one_tile_is_what_the_script_draws(observed_only):
     unread = torch.where(observed, image, torch.nan)
     *_, draws = fill_images.sample(model, unread, observed, seeds, config)
     parts = model.fill.parts((~observed).float().mean().item())
-    sample = sparse_ddpm.make_sampler(model, SHAPE, parts, config)
+    sample = sparse_ddpm.make_sampler(model, SHAPE, config, parts if observed_only else None)
     cond, mask = (image * observed).expand(2, -1, -1, -1), observed.expand(2, 1, -1, -1)
     *_, expected = sample(seeds, cond, mask)
     assert torch.equal(draws[:, :, observed], image[:, observed].expand(2, -1, -1))

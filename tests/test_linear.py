@@ -269,8 +269,7 @@ def test_large_images_are_filled_by_convolution(monkeypatch):
 def test_in_how_many_parts(scored, unseen, parts):
     fill = LinearFill((1, 4, 4), 0.2)
     fill.scored.fill_(scored)
-    mask = torch.arange(200).view(2, 1, 10, 10) >= 200 * unseen
-    assert fill.parts(mask) == parts
+    assert fill.parts(unseen) == parts
 
 
 # -- what to measure next --------------------------------------------------------------------------
