@@ -36,7 +36,7 @@ from fused_ddpm.images import Data, to_bytes, to_float
 from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers
 from fused_ddpm.pictures import draw_grid, draw_losses
 from fused_ddpm.runs import Run
-from fused_ddpm.unet import Unet
+from fused_ddpm.unet import Unet, check_sizes
 
 # --------------------------------------------------------------------------------------------------
 # Config: a field is a flag. The first value suits two CPU cores, full= is the paper's, for a GPU.
@@ -84,12 +84,7 @@ class Sampling:  # how they are used: free
 class Config(RunConfig, Sampling, Training, Model):
     def check(self):
         """(wrong, message) of what no flag shows by itself."""
-        yield not self.dim_mults, "--dim-mults: needs one level at least"
-        halvings, steps = len(self.dim_mults) - 1, self.num_timesteps
-        size = f"--image-size {self.image_size}: the U-Net halves it {halvings} times, so it must "
-        yield self.image_size % 2**halvings, f"{size}be a multiple of {2**halvings}"
-        many = f"--sample-steps {self.sample_steps}: at most --num-timesteps, {steps}"
-        yield self.sample_steps > steps, many
+        yield from check_sizes(self)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ def write_results(run, found, intervals=None, draws=None, regions=("unseen",)):
     if not run.leads:
         return
     seen = found if draws is None else found | {"draws": draws}
+    learnt, asked = run.config.sparsity, getattr(run.config, "test_sparsity", None)
+    if asked and not learnt[0] <= asked <= learnt[-1]:
+        run.say(f"warning: the network has learnt from {learnt} of the pixels, not from {asked}")
     metrics = evaluate(seen, intervals)
     run.write("metrics.json", metrics)
     run.write("reconstructions.npz", found)

@@ -143,3 +143,13 @@ class Unet(nn.Module):
             for block in blocks:
                 x = block(x, emb)
         return self.out(x)
+
+
+def check_sizes(config):
+    """For a config's check: (wrong, message) of what is asked of sizes and steps."""
+    yield not config.dim_mults, "--dim-mults: needs one level at least"
+    halvings, steps = len(config.dim_mults) - 1, config.num_timesteps
+    size = f"--image-size {config.image_size}: the U-Net halves it {halvings} times, so it must "
+    yield config.image_size % 2**halvings, f"{size}be a multiple of {2**halvings}"
+    many = f"--sample-steps {config.sample_steps}: at most --num-timesteps, {steps}"
+    yield config.sample_steps > steps, many
