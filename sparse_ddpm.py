@@ -206,9 +206,9 @@ def predict(model, x_t, t, context, alphas_cumprod, config):
         known, scale = k_x * x_t, k
     news = news * (variance + noise).rsqrt()  # of size 1: bfloat16 would lose it in x
     unsure = variance.log() / 4 + 1  # -1 to 1, or so
-    masks = seen.to(x.dtype), state.to(x.dtype)
+    inputs = torch.cat([x, news, cond, filled, seen, state, unsure], dim=1)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.bfloat16):
-        out = model(torch.cat([x, news, cond, filled, *masks, unsure], dim=1), t)
+        out = model(inputs, t)
     return known + k * out, scale
 
 
@@ -336,9 +336,6 @@ def train(run, model, ema, data, config):
             run.save(step, model=model, ema=ema, optimizer=optimizer)
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def reconstruct(run, model, part, config, file=None, fraction=None):
     """K draws for each of a Part's images, as a dict, values in [0, 1], on the CPU.
 
@@ -377,8 +374,8 @@ def main(argv=None):
     with Run(Config, argv) as run:
         config = run.config
         data = Data(config, run.facts)
-        if not config.sample and data.train.observed is not None and config.observed_only is None:
-            config.observed_only = 1.0  # of what there is
+        if not config.sample and data.train.observed is not None:
+            config.observed_only = config.observed_only or 1.0  # of what there is
         torch.manual_seed(config.seed)  # of the first weights
         model = make_model(data.shape, config)
         ema = copy.deepcopy(model).requires_grad_(False).eval()
