@@ -326,9 +326,8 @@ def test_in_parts_the_marginals_are_the_posteriors(sampler, narrow):
     exact_std = exact.diagonal()[u].sqrt()  # which take E[x_0 | x_t] for x_0, are narrow
     assert (m - exact_mean[u]).abs().max() < 1e-4
     assert narrow < (std / exact_std).min() and (std / exact_std).max() < 1
-    many = replace(config, sample_steps=1000, spacing=1.0)
-    m, c = moments(many)
-    torch.testing.assert_close(m, exact_mean[u], rtol=0, atol=1e-3)
+    m, c = moments(replace(config, sample_steps=300))
+    torch.testing.assert_close(m, exact_mean[u], rtol=0, atol=1e-4)
     torch.testing.assert_close(c.diagonal().sqrt(), exact_std, rtol=0.02, atol=0)
 
 
@@ -607,6 +606,23 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     assert np.abs(samples - expected).max() <= 1e-3
 
 
+def test_a_run_beats_interpolation(tmp_path):
+    """Checkerboards of random greys: what is around a pixel misleads, and a network can know."""
+    (tmp_path / "boards").mkdir()
+    place = np.arange(16)
+    sign = (-1.0) ** (place[:, None] + place)
+    for i, (grey, height) in enumerate(np.random.default_rng(0).uniform(-1, 1, (200, 2))):
+        pixels = np.round(127.5 + 50 * grey + 70 * height * sign).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "boards" / f"{i:03}.png")
+    flags = """--steps 20 --sample-every 999 --save-every 999 --lr 1e-2 --num-timesteps 1000
+    --sample-steps 8 --num-draws 4 --num-samples 20"""
+    run(tmp_path / "run", "--data", str(tmp_path / "boards"), *flags.split())
+    metrics = read_json(tmp_path / "run/metrics.json")
+    for found in (metrics, metrics["query"]):
+        assert found["psnr"]["mean"] > found["psnr"]["convolution"] + 3
+        assert found["ssim"]["mean"] > found["ssim"]["convolution"] + 0.4
+
+
 def save_blobs(folder, n):
     """Fields in black and white: between the two a linear guess is grey, and a network knows."""
     folder.mkdir()
@@ -618,14 +634,13 @@ def save_blobs(folder, n):
 def test_a_run_learns_what_is_not_linear(tmp_path):
     save_blobs(tmp_path / "blobs", 600)
     flags = """--steps 120 --sample-every 999 --save-every 999 --lr 1e-2 --num-timesteps 1000
-    --sample-steps 8 --num-draws 4 --num-samples 30 --no-baselines"""
+    --dim 16 --sample-steps 8 --num-draws 4 --num-samples 30 --no-baselines"""
     run(tmp_path / "run", "--data", str(tmp_path / "blobs"), *flags.split())
     history = read_json(tmp_path / "run/history.json")["val_loss"]
     assert 0.9 < history[0] < 1.15 and history[-1] < 0.9 * history[0]  # from near 1, by design
     metrics = read_json(tmp_path / "run/metrics.json")
     for found in (metrics, metrics["query"]):
         decibels = found["psnr"]
-        assert decibels["linear"] > decibels["convolution"] + 0.2
         assert decibels["regression"] > decibels["linear"] - 0.1
         assert decibels["mean"] > decibels["draw"] + 0.5
 
