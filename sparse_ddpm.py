@@ -222,7 +222,7 @@ def training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config)
     state = target_mask if config.observed_only else torch.ones_like(cond_mask)
     context = fill(x_start * cond_mask, cond_mask, state)
     x0_hat, scale = predict(model, x_t, t, context, alphas_cumprod, config)
-    w = config.cond_weight
+    w = 0.0 if config.observed_only else config.cond_weight  # there x_t is on no seen pixel
     return masked_loss(x0_hat / scale, x_start / scale, target_mask, cond_mask, w, config.loss)
 
 
@@ -326,7 +326,7 @@ def train(run, model, ema, data, config):
         update_ema(ema, model, step, config.ema_decay)
         run.log(loss, norm)
 
-        if run.reports(step):  # with saving, the only time the host waits for the device
+        if run.reports(step):
             run.report(step, **held_out_losses(ema, data, alphas_cumprod, config))
         if run.draws(step):
             few, val = replace(config, num_draws=2), data.held_out_parts["val"][:8]

@@ -118,7 +118,11 @@ def check_masks(config):
     yield not 1 <= len(config.sparsity) <= 2 or config.sparsity[0] > config.sparsity[-1], (
         f"--sparsity {shown}: is a fraction, or two, the smaller first, to draw it from"
     )
+    learns = hasattr(config, "observed_only") and config.image_size <= 64
     for name in pattern_names(config):
+        yield name == "learned" and not learns, (
+            f"--mask-pattern {name}: for sparse_ddpm.py and images of at most 64 pixels a side"
+        )
         yield name not in PATTERNS and name != "learned" and not name.endswith(".npy"), (
             f"--mask-pattern {name}: choose from {', '.join(PATTERNS)}, learned, or a .npy file"
         )
@@ -132,7 +136,9 @@ def check_masks(config):
         f"--sparsity {shown}: that is {seen} pixels to see and {scored} to score "
         f"of the {n} there are"
     )
-    if getattr(config, "test_sparsity", None) or getattr(config, "test_pattern", None):
+    test_pattern = getattr(config, "test_pattern", None)
+    yield "learned" in (test_pattern or ""), "--test-pattern learned: give the run's mask.npy"
+    if getattr(config, "test_sparsity", None) or test_pattern:
         yield from check_masks(replace(as_tested(config), test_sparsity=None, test_pattern=None))
 
 
@@ -234,7 +240,8 @@ def in_parts(keys, cond_mask, parts, fraction):
     n, place = flat.shape[1], torch.arange(flat.shape[1], device=keys.device)
     rank = torch.where(flat, 1 << 33, random_words(keys, n, 0, PARTS))
     rank = rank.argsort(dim=1, stable=True).argsort(dim=1)
-    part = rank * parts // (~flat).sum(1, keepdim=True)  # the seen ones come last, and after all
+    unseen = (~flat).sum(1, keepdim=True).clamp(min=1)
+    part = rank * parts // unseen  # the seen ones come last, and after all
     words = random_words(keys, n, 1, PARTS)
     for i in range(parts):
         drawn = (part < i) & ~flat
