@@ -30,6 +30,7 @@ class Settings:
     image_size: int
     test_sparsity: float | None = None
     test_pattern: str | None = None
+    observed_only: float | None = None
 
 
 def settings(pattern="random", sparsity=0.2, target=None, size=32):
