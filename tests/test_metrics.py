@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_ddpm.fill import interpolate
 from fused_ddpm.metrics import (
@@ -113,7 +112,8 @@ def test_only_where_there_is_a_truth():
     also.fit(other, steps=3)
     assert again["psnr"]["mean"] == metrics["psnr"]["mean"]
     assert again["calibration"] == metrics["calibration"]
-    assert torch.equal(also.line, intervals.line) and torch.equal(also.factors, intervals.factors)
+    assert torch.equal(also.log_spread, intervals.log_spread)
+    assert torch.equal(also.log_factor, intervals.log_factor)
 
 
 def test_compare_keeps_names_and_measures():
@@ -218,15 +218,25 @@ def test_intervals_hold_on_images_they_were_not_fitted_on():
     assert torch.equal(again.half_width(draws), intervals.half_width(draws))
 
 
+def test_intervals_hold_for_flat_and_for_busy_pixels():
+    """Three quarters of the pixels are flat, with draws too wide, the others busy, too narrow."""
+    def made(seed):
+        flat, busy = exchangeable(8, scale=1.5, seed=seed), exchangeable(8, scale=0.5, seed=seed)
+        where = flat[2] & (torch.rand(flat[1].shape[2:]) < 0.75)
+        draws = torch.where(where, 0.01 * flat[0], busy[0])
+        return draws, torch.where(where, 0.01 * flat[1], busy[1]), where
+
+    torch.manual_seed(0)
+    draws, truth, _ = made(0)
+    intervals = Intervals()
+    intervals.fit(as_found(draws, truth, torch.ones_like(truth[:, :1]).bool()), steps=20)
+    draws, truth, where = made(1)
+    for part in (where, ~where):
+        assert intervals.coverage(draws, truth, part) == pytest.approx(0.9, abs=0.02)
+
+
 def test_one_draw_teaches_intervals_nothing():
     intervals = Intervals()
     intervals.fit(as_found(*exchangeable(1, n=2)), steps=20)
-    assert intervals.line.tolist() == [0, 1] and intervals.fitted_to.tolist() == [0, 0]
-
-
-def test_intervals_may_lie_on_a_gpu():
-    """One of shapes without values: draws come back to the host, intervals stay where they are."""
-    with FakeTensorMode():
-        intervals = Intervals().to("cuda")
-        intervals.line.tolist = intervals.factors.tolist = lambda: [0.5, 1.0]
-        assert intervals.half_width(torch.rand(4, 2, 1, 8, 8)).device.type == "cpu"
+    assert intervals.fitted_to.tolist() == [0, 0]
+    assert torch.equal(intervals.log_factor, Intervals().log_factor)
