@@ -17,7 +17,7 @@ from PIL import Image
 
 import ddpm
 import sparse_ddpm
-from fused_ddpm import files, images
+from fused_ddpm import files, folders, images
 from fused_ddpm.checkpoints import load_checkpoint
 from fused_ddpm.files import UserError
 from fused_ddpm.images import DataError
@@ -144,7 +144,8 @@ def test_a_broken_image_is_named_or_read(tmp_path, ending):
     whole = bad.read_bytes()
     for _ in range(30):
         bad.write_bytes(damage(whole, rng))
-        images.scan_folder.cache_clear()
+        for scanned in (folders.list_folder, folders.survey):
+            scanned.cache_clear()
         try:
             found, _ = images.load_images(str(tmp_path), image_size=8)
         except DataError as error:

@@ -14,7 +14,9 @@ def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path):
     found = {"truth": truth, "cond_mask": score < 0.2, "target_mask": score > 0.7}
     found["draws"] = torch.rand(2, 3, 1, 16, 16, generator=g)
     at_truth, written, said = found["draws"][..., ::2, ::2], {}, []
-    run = SimpleNamespace(leads=True, write=written.__setitem__, say=said.append, dir=tmp_path)
+    config = SimpleNamespace(sparsity=[0.2], test_sparsity=None)
+    called = dict(write=written.__setitem__, say=said.append)
+    run = SimpleNamespace(leads=True, dir=tmp_path, config=config, **called)
     write_results(run, found, draws=at_truth, regions=("unseen", "query"))
     assert written["reconstructions.npz"] is found
     assert written["samples.npy"].shape == (3, 16, 16, 1)
