@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fused_ddpm.files import FORMAT, UserError, load_checkpoint, write
+from fused_ddpm.checkpoints import FORMAT, load_checkpoint
+from fused_ddpm.files import UserError, write
 from fused_ddpm.images import to_float
 
 # Of the classifier: 2,000 steps of 128 images are a minute or two on two CPU cores.
