@@ -43,17 +43,14 @@ def _look_through(checkpoint):
         raise ValueError("shape")
     if not all(type(name) is str for name in facts["class_names"]):
         raise ValueError("class_names")
-    for tensor in tensors_of(checkpoint):
-        size, there = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
-        if size > there or not tensor.isfinite().all():  # expanded, it could be of any size
-            raise ValueError("a number that is not finite")
 
 
-def load_checkpoint(path, script):
+def load_checkpoint(path, script, look_through=_look_through):
     """A checkpoint of this script as a dict of tensors and plain types, on the CPU.
 
     The file's own checksums are verified first: torch.load does not look at them. So is that it is
     no smaller than what it unpacks to, and that its content makes sense and has no NaN.
+    look_through(checkpoint) raises where something else is wrong with it.
     """
     try:
         if not path.is_file():
@@ -68,7 +65,11 @@ def load_checkpoint(path, script):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         written_by, version = checkpoint["script"], checkpoint.get("format", 1)
         if (written_by, version) == (script, FORMAT):
-            _look_through(checkpoint)
+            look_through(checkpoint)
+        for tensor in tensors_of(checkpoint):
+            size, there = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+            if size > there or not tensor.isfinite().all():  # expanded, it could be of any size
+                raise ValueError("a number that is not finite")
     except (UserError, PermissionError):
         raise
     except Exception as error:  # torch.load raises whatever the bytes made it stumble over

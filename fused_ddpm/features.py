@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fused_ddpm.checkpoints import FORMAT, load_checkpoint
+from fused_ddpm.checkpoints import FORMAT, check_part, load_checkpoint
 from fused_ddpm.files import UserError, write
 from fused_ddpm.images import to_float
 
@@ -85,10 +85,10 @@ def get_classifier(data_dir, training, test, classes, device):
         key.update(tensor.contiguous().numpy())
     name = f"classifier_{key.hexdigest()[:16]}.pt"
     paths = [Path(data_dir, name), Path.home() / ".cache" / "fused_ddpm" / name]
+    model = Classifier(training[0].shape[1], classes)
     for path in paths:
         if path.exists():
-            kept = load_checkpoint(path, "evaluate")
-            model = Classifier(training[0].shape[1], classes)
+            kept = load_checkpoint(path, "evaluate", lambda kept: check_part(model, kept["model"]))
             model.load_state_dict(kept["model"])
             return model.to(device).eval(), kept["accuracy"]
     model = train_classifier(*training, classes, device)

@@ -26,8 +26,7 @@ import cfg_ddpm
 import ddpm
 import sparse_ddo
 import sparse_ddpm
-from fused_ddpm import folders
-from fused_ddpm import images, runs
+from fused_ddpm import folders, images, runs
 from fused_ddpm.files import UserError
 from fused_ddpm.images import Data
 from fused_ddpm.processes import Log
@@ -500,7 +499,8 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, capsys, change, message)
     run_tiny(ddpm, out, "--data", str(data), "--steps", "2", "--batch-size", "4")
     before = {path: path.read_bytes() for path in out.iterdir()}
     change(data)
-    folders.list_folder.cache_clear(); folders.survey.cache_clear()  # a new process would read it anew
+    folders.list_folder.cache_clear()  # a new process would read it anew
+    folders.survey.cache_clear()
     call = lambda: ddpm.main(["--resume", "--out-dir", str(out), "--steps", "4"])
     said = exits_with(1, capsys, call)
     assert said.startswith(f"ddpm.py: error: --data {data}: ") and message in said
