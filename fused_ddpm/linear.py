@@ -1,6 +1,7 @@
 """The best linear guess of a sparse image: what the network starts from."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,26 +41,31 @@ class LinearFill(nn.Module):
         self.register_load_state_dict_post_hook(lambda fill, _: fill._compare())
 
     def learn(self, run, data, config):
-        """Mean and covariance of the training images, and then how far off the guess is."""
+        """Mean and covariance of most of the training images; how far off it is, of the others."""
         index, size = torch.arange(len(data.images), device=config.device), config.image_size
+        few = min(2**22 // size**2, max(len(index) // 8, 16))
+        some, rest = index[:few], index[few:] if len(index) > few else index
 
         def read(i):
             return observe(data.train[i], run.seeds(i), config.observed_only)
 
-        self.fit(read(i) for i in index[: 2**26 // size**2].split(4096))
+        def held_out(config):
+            return x, *make_masks(run.seeds(some), 0, size, config, observed)
+
+        x, observed = read(some)
+        batches = (read(i) for i in rest[: 2**26 // size**2].split(4096))
+        self.fit(batches, held_out(replace(config, mask_pattern="random")))
         if "learned" in config.mask_pattern:
             run.write("mask.npy", telling_order(self.covariance).view(size, size).numpy())
             wait()
             config.mask_pattern = config.mask_pattern.replace("learned", str(run.dir / "mask.npy"))
-        some = index[: max(2**22 // size**2, 16)]
-        x_start, observed = read(some)
-        self.measure(x_start, *make_masks(run.seeds(some), 0, size, config, observed))
+        self.measure(*held_out(config))
 
     @torch.no_grad()
-    def fit(self, batches):
+    def fit(self, batches, held_out=None):
         """From pairs of images (N, C, H, W) in [-1, 1] and what there is of them, bool (N, 1, H, W)
         or None for all. Where few of them show both of two pixels, the mean over all pairs at the
-        same distance counts too.
+        same distance counts too: as much as is best for those held_out, as measure takes them.
         """
         n, middle = len(self.covariance), None  # a number near the mean, for precision
         squares, both, shown, sums = 0, 0, 0, 0
@@ -76,11 +82,17 @@ class LinearFill(nn.Module):
                 both = both + (len(off) if observed is None else there.T @ there)
         mean = (sums + 10 * sums.sum() / shown.sum() / len(sums)) / (shown + 10)
         self.mean.copy_(middle + mean)
-        if n:
-            mean = mean.flatten(1)
-            off = squares - mean.T @ mean / len(mean) * both
-            self.covariance.copy_(shrunk(off, both, *self.mean.shape[1:]))
-            self._compare()
+        if not n:
+            return
+        mean, least = mean.flatten(1), math.inf
+        off = squares - mean.T @ mean / len(mean) * both
+        for prior in PRIORS if held_out else PRIORS[:1]:
+            self.covariance.copy_(shrunk(off, both, prior, *self.mean.shape[1:]))
+            error = self._errors(*(x[:512] for x in held_out))[0].mean() if held_out else 0
+            if not error >= least:  # nor where there is none, nothing being scored
+                least, best = error, self.covariance.clone()
+        self.covariance.copy_(best)
+        self._compare()
 
     def _compare(self):
         """What a pixel (row) says of another (column): r^2 / (1 - r^2), sharpened."""
@@ -93,16 +105,20 @@ class LinearFill(nn.Module):
     def measure(self, x, mask, scored):
         """The table, from what it is off at the scored pixels of images x (N, C, H, W), in [-1, 1],
         of which the mask is seen. Both masks are bool (N, 1, H, W)."""
-        parts = zip(x.split(64), mask.split(64), strict=True)
-        filled, about = map(torch.cat, zip(*[self._fill(x * m, m) for x, m in parts], strict=True))
-        error = ((filled - x) ** 2).mean(1, keepdim=True)[scored].double()
-        bins = self._bin(about[scored]).round().long()
+        error, about = self._errors(x, mask, scored)
+        bins = self._bin(about).round().long()
         total = torch.zeros_like(self.place).double().index_add_(0, bins, error)
         count = torch.zeros_like(total).index_add_(0, bins, torch.ones_like(error))
-        expected = self.place.double().exp() * error.mean() / about[scored].mean()
+        expected = self.place.double().exp() * error.mean() / about.mean()
         # A bin with few pixels takes, in part, the variance that it stands for.
         self.log_variance.copy_(((total + 100 * expected) / (count + 100)).log())
         self.scored.copy_(scored.float().mean())
+
+    def _errors(self, x, mask, scored):
+        """(squared error, about) of the scored pixels, one after the other; see measure, _fill."""
+        parts = zip(x.split(64), mask.split(64), strict=True)
+        filled, about = map(torch.cat, zip(*[self._fill(x * m, m) for x, m in parts], strict=True))
+        return ((filled - x) ** 2).mean(1, keepdim=True)[scored].double(), about[scored]
 
     def _bin(self, about):
         first, last = self.place[0], self.place[-1]
@@ -149,12 +165,12 @@ class LinearFill(nn.Module):
 
 
 LARGEST_SIDE = 64  # of images filled with the covariance of their pixels
-PRIOR = 100  # rows of data that the mean over all pairs at a distance is worth
+PRIORS = 100, 1000, 10**4, 10**5  # rows of data that the mean over pairs at a distance is worth
 RIDGE = 1e-4  # added to variances: no pixel is known better than that
 SHARP = 3  # how much more the most telling one of the seen pixels counts
 
 
-def shrunk(off, count, h, w):
+def shrunk(off, count, prior, h, w):
     """The covariance (h w, h w) from sums of products and how many there were of each."""
     place = torch.arange(h * w, device=off.device)
     row, column = place // w, place % w
@@ -166,7 +182,7 @@ def shrunk(off, count, h, w):
         total.index_add_(0, pair.flatten(), values.flatten().double())
     typical = (of_pair[0] / of_pair[1].clamp(min=1)).to(off.dtype)[pair]
     typical = typical * (1 - down.abs() / h) * (1 - right.abs() / w)  # so it is a covariance
-    K = (off + PRIOR * typical) / (count + PRIOR)
+    K = (off + prior * typical) / (count + prior)
     if count.min() < count.max():  # each entry from other images: make it a covariance again
         values, vectors = torch.linalg.eigh(K.double())
         K = ((vectors * values.clamp(min=0)) @ vectors.T).to(off.dtype)

@@ -9,7 +9,7 @@ import torch.nn as nn
 from fused_ddpm import linear
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.folders import Part
-from fused_ddpm.linear import PRIOR, RIDGE, SHARP, LinearFill, telling_order
+from fused_ddpm.linear import PRIORS, RIDGE, SHARP, LinearFill, telling_order
 from fused_ddpm.masks import hide, make_masks, observe
 
 
@@ -127,10 +127,11 @@ def test_of_complete_images_it_is_the_sample_covariance(channels, batch):
                 for c in range(max(dx, 0), 5 + min(dx, 0))
             ]
             typical[i, j] = sum(pairs) / len(rows) / 25
-    expected = (squares + PRIOR * typical) / (len(rows) + PRIOR) + RIDGE * torch.eye(25)
+    prior = PRIORS[0]
+    expected = (squares + prior * typical) / (len(rows) + prior) + RIDGE * torch.eye(25)
     torch.testing.assert_close(fill.covariance.double(), expected, rtol=0, atol=2e-6)
     sample = torch.cov((x - x.mean(0)).flatten(2).flatten(0, 1).T, correction=0)
-    assert (fill.covariance - sample).abs().max() < PRIOR / len(rows) * sample.abs().max()
+    assert (fill.covariance - sample).abs().max() < prior / len(rows) * sample.abs().max()
 
 
 def with_gaps(covariance, n, fraction=0.4):
@@ -158,6 +159,26 @@ def test_images_of_which_60_percent_are_missing_teach_the_same():
         noise = 1.2 / (0.16 * n)  # of a covariance from as many pairs as are observed
         assert errors[-1] < noise and (fill.mean - mean_of(1, 8)).abs().max() < 2 * noise**0.5
     assert excess[1] < 1.03 < excess[0] < 1.15  # of the least squared error there is
+
+
+def test_with_few_images_distance_alone_tells_the_covariance():
+    """How much it counts is chosen on images that were not fitted."""
+    covariance = covariance_of(12, reach=4.0)
+    truth, seen = gaussian_images(covariance, 300, seed=1), random_seen(300, 12, [29] * 300)
+    worse = []
+    for n in (60, 6000):
+        x, observed = with_gaps(covariance, n + 60)
+        masks = make_masks(torch.arange(n, n + 60), 0, 12, SETTINGS, observed[n:])
+        error = []
+        for held_out in (None, (x[n:], *masks)):
+            fill = LinearFill((1, 12, 12), 0.2)
+            fill.fit([(x[:n], observed[:n])], held_out)
+            off = fill._fill(truth * seen, seen)[0] - truth
+            error.append(off[~seen].square().mean())
+        worse.append(error[0] / error[1])
+        best = fill_of(covariance)._fill(truth * seen, seen)[0] - truth
+        assert error[1] < (1.2 if n == 60 else 1.05) * best[~seen].square().mean()
+    assert min(worse) > 1.03
 
 
 def test_garbage_where_nothing_is_observed_changes_no_bit():
