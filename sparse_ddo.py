@@ -44,6 +44,7 @@ from fused_ddpm.fno import FnoUnet, places_in_shells, prepare_to_compile, resize
 from fused_ddpm.images import Data, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
 from fused_ddpm.noise import MIRROR, STEP_NOISE, TIMESTEP, TRAIN_NOISE
+from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_sheet, show_seen
 from fused_ddpm.results import write_results
 from fused_ddpm.runs import Run
@@ -78,7 +79,9 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     steps: int | None = flag(1200, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=100, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
-    lr: float = flag(2e-3, "peak learning rate of Adam", full=2e-4, within="(0, 1]", later=True)
+    optimizer: str = flag("adam", "see optimizer.py", ["muon", "adam"])
+    lr: float = flag(2e-3, "peak learning rate", full=2e-4, within="(0, 1]", later=True)
+    weight_decay: float = flag(0.0, "a step, times lr", within="[0, 1)")
     lr_schedule: str = flag("cosine", "after warming up", ["constant", "cosine"], full="constant")
     grad_clip: float = flag(1.0, "largest norm of the gradient", within="(0, inf]", later=True)
     ema_decay: float = flag(0.995, "of the weights sampled from", full=0.9999, within="[0, 1)")
@@ -290,7 +293,7 @@ def held_out_losses(model, held_out, config):
 
 def train(run, model, ema, data, config):
     """Train model in place, ema behind it."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    optimizer = make_optimizer(model, config)
     run.restore(model=model, ema=ema, optimizer=optimizer)
     network = run.parallel(model)  # over all processes; model itself where there is one
 

@@ -46,6 +46,7 @@ from fused_ddpm.linear import LinearFill
 from fused_ddpm.masks import as_tested, check_masks, held_out_keys, in_parts, make_masks, observe
 from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
+from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions
 from fused_ddpm.results import write_results
 from fused_ddpm.runs import Run
@@ -85,7 +86,9 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=50, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
-    lr: float = flag(2e-3, "peak learning rate of Adam", full=2e-4, within="(0, 1]", later=True)
+    optimizer: str = flag("muon", "see optimizer.py", ["muon", "adam"], full="adam")
+    lr: float = flag(2e-3, "peak learning rate", full=2e-4, within="(0, 1]", later=True)
+    weight_decay: float = flag(0.0, "a step, times lr", within="[0, 1)")
     lr_schedule: str = flag("cosine", "after warming up", ["constant", "cosine"], full="constant")
     grad_clip: float = flag(1.0, "largest norm of the gradient", within="(0, inf]", later=True)
     ema_decay: float = flag(0.995, "of the weights sampled from", full=0.9999, within="[0, 1)")
@@ -296,7 +299,7 @@ def held_out_losses(model, data, alphas_cumprod, config):
 def train(run, model, ema, data, config):
     """Train model in place, ema behind it."""
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    optimizer = make_optimizer(model, config)
     run.restore(model=model, ema=ema, optimizer=optimizer)
     if run.state["step"] == 0:
         model.fill.learn(run, data, config)
