@@ -34,6 +34,7 @@ from fused_ddpm.images import DataError
 from fused_ddpm.ops import status
 from fused_ddpm.processes import Log, rank, sum_over, world
 from fused_ddpm.samples import Samples
+from fused_ddpm.tracking import Tracker
 
 
 def mix(*numbers):
@@ -59,6 +60,7 @@ class Run:
             about = module.__doc__.split("\n")[0]
             with contextlib.redirect_stderr(Log(sys.stderr)):
                 self.config, found = read_command_line(Config, self.script, about, argv)
+                self.tracker = Tracker(self.config.log)
         except (Exception, KeyboardInterrupt) as error:
             self._end(error)
             raise
@@ -111,6 +113,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         sys.stdout, sys.stderr = self.streams
+        self.tracker.close()
         if self.folder is not None:
             os.close(self.folder)
         if dist.is_initialized():
@@ -195,14 +198,16 @@ class Run:
         self.folder, config = occupy(self.dir), self.config
         there = (self.dir / "last.pt").exists()
         if config.sample:
-            return
+            return self.tracker.start(self)
         if not self.checkpoint:
             if there and not config.overwrite:  # it was not, when this run began
                 raise UserError(f"--out-dir {self.dir}: holds a run already")
-            for name in "gaussian.npz", "step_*.png":  # not to be taken for the new run's
+            # Not to be taken for the new run's.
+            for name in "gaussian.npz", "step_*.png", "tensorboard/*":
                 self.old.update(self.dir.glob(name))
         if self.checkpoint or not there:
             self._write_beside()
+        self.tracker.start(self)
 
     def _write_beside(self):
         """What goes with last.pt; also what a kill right after last.pt has left undone."""
@@ -253,7 +258,7 @@ class Run:
         slots = torch.arange(size, device=self.device).chunk(world())[rank()]
         key = mix(self.config.seed, step) >> 1
         key = torch.full((1,), key, dtype=torch.int64, device=self.device)
-        self.step_key, self.places = key, slots / size
+        self.step_key, self.places, self.images_a_step = key, slots / size, size
         return self.order[place * size + slots], key + slots
 
     def log(self, loss, norm):
@@ -300,6 +305,7 @@ class Run:
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         self.losses = []
+        self.tracker.report(self, row)
         shown = {"loss": f"{row['train_loss']:.4f}", "val": f"{row.get('val_loss', math.nan):.4f}"}
         self.bar.set_postfix(shown, refresh=False)
 
@@ -342,3 +348,5 @@ class Run:
         if self.leads:
             write(self.dir / name, content)
             self.old.discard(self.dir / name)
+            done = self.state["step"] if self.bar is None else self.bar.n
+            self.tracker.file(self.dir / name, content, done)
