@@ -223,12 +223,11 @@ def learning_rate(step, config):
 def held_out_losses(model, held_out, alphas_cumprod, config):
     """On fixed images with fixed timesteps and noise, so that they compare between steps."""
     losses = {}
-    for part, (images, _) in held_out.items():
-        index = torch.arange(len(images), device=images.device)
-        t = torch.linspace(0, config.num_timesteps - 1, len(index), device=images.device).long()
-        noise, x_start = seeded_normal(index, images.shape[1:]), to_float(images)
+    for name, (index, part) in held_out.items():
+        t = torch.linspace(0, config.num_timesteps - 1, len(index), device=index.device).long()
+        noise, x_start = seeded_normal(index, part.images.shape[1:]), to_float(part.images)
         loss = training_loss(model, x_start, t, noise, alphas_cumprod, config)
-        losses[f"{part}_loss"] = loss
+        losses[f"{name}_loss"] = loss
     return losses
 
 
@@ -265,6 +264,7 @@ def train(run, model, ema, data, config):
             run.write(f"step_{step + 1:06d}.png", draw_grid(drawn))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
+    run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
 
 
 # --------------------------------------------------------------------------------------------------

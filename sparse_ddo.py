@@ -281,13 +281,12 @@ def masks_of(index, size, config):
 def held_out_losses(model, held_out, config):
     """On fixed images with fixed times, noise and masks: they compare between steps."""
     losses = {}
-    for part, (images, _) in held_out.items():
-        index = torch.arange(len(images), device=images.device)
-        t = torch.linspace(0, 1, len(images), device=images.device)
-        noise = gp_noise(seeded_normal(index, images.shape[1:]), config)
-        masks = masks_of(TEST_INDEX + index, images.shape[-1], config)
-        loss = training_loss(model, to_float(images), t, noise, masks, config)
-        losses[f"{part}_loss"] = loss
+    for name, (index, part) in held_out.items():
+        t = torch.linspace(0, 1, len(index), device=index.device)
+        noise = gp_noise(seeded_normal(index, part.images.shape[1:]), config)
+        masks = masks_of(TEST_INDEX + index, part.images.shape[-1], config)
+        loss = training_loss(model, to_float(part.images), t, noise, masks, config)
+        losses[f"{name}_loss"] = loss
     return losses
 
 
@@ -322,10 +321,11 @@ def train(run, model, ema, data, config):
         if run.reports(step):  # with saving, the only time the host waits for the device
             run.report(step, **held_out_losses(ema, data.held_out, config))
         if run.draws(step):
-            found = reconstruct(run, ema, data.held_out["val"][0][:8], 2, config)
+            found = reconstruct(run, ema, data.held_out["val"][1].images[:8], 2, config)
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
+    run.finish(data, lambda part: held_out_losses(ema, part, config))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -282,13 +282,12 @@ def learning_rate(step, config):
 
 
 @torch.no_grad()
-def held_out_losses(model, data, alphas_cumprod, config):
+def held_out_losses(model, held_out, alphas_cumprod, config):
     """On fixed images with fixed timesteps, noise and masks: they compare between steps."""
     losses = {}
-    for name, part in data.held_out_parts.items():
-        index = torch.arange(len(part), device=config.device)
+    for name, (index, part) in held_out.items():
         t = torch.linspace(0, config.num_timesteps - 1, len(index), device=config.device).long()
-        noise, keys = seeded_normal(index, data.shape), held_out_keys(len(index), config)
+        noise, keys = seeded_normal(index, part.images.shape[1:]), held_out_keys(index, config)
         x_start, observed = observe(part, keys, config.observed_only)
         masks = make_masks(keys, 0, config.image_size, config, observed)
         loss = training_loss(model, model.fill, x_start, t, noise, masks, alphas_cumprod, config)
@@ -330,13 +329,14 @@ def train(run, model, ema, data, config):
         run.log(loss, norm)
 
         if run.reports(step):
-            run.report(step, **held_out_losses(ema, data, alphas_cumprod, config))
+            run.report(step, **held_out_losses(ema, data.held_out, alphas_cumprod, config))
         if run.draws(step):
-            few, val = replace(config, num_draws=2), data.held_out_parts["val"][:8]
+            few, val = replace(config, num_draws=2), data.held_out["val"][1][:8]
             found = reconstruct(run, ema, val, few)
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
+    run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
 
 
 def reconstruct(run, model, part, config, file=None, fraction=None):
@@ -345,7 +345,8 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     fraction: of the pixels, the only ones to be read. truth: (N, C, H, W); cond_mask, target_mask,
     and observed if that is not all: bool (N, 1, H, W); draws: (K, N, C, H, W).
     """
-    n, keys = len(part), held_out_keys(len(part), config)
+    n, index = len(part), torch.arange(len(part), device=config.device)
+    keys = held_out_keys(index, config)
     truth, observed = observe(part, keys, fraction)
     shape = truth.shape[1:]
     cond_mask, target_mask = make_masks(keys, 0, shape[-1], as_tested(config), observed)
@@ -390,7 +391,7 @@ def main(argv=None):
         else:
             train(run, model, ema, data, config)
             run.write("loss.png", draw_losses(run.history))
-            val = data.held_out_parts["val"][:64]
+            val = data.held_out["val"][1][:64]
             found = reconstruct(run, ema, val, config, fraction=config.observed_only)
             ema.intervals.fit(found, config.sample_steps)
             run.save()  # with the intervals

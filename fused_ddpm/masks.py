@@ -150,9 +150,9 @@ def as_tested(config):
     return replace(config, sparsity=sparsity, target_sparsity=target, mask_pattern=pattern)
 
 
-def held_out_keys(n, config):
-    """Of held-out images 0..n-1: apart from those of training, the same for a seed."""
-    return (config.seed << 32) + TEST_INDEX + torch.arange(n, device=config.device)
+def held_out_keys(index, config):
+    """Of held-out images, int64 (B,): apart from those of training, the same for a seed."""
+    return (config.seed << 32) + TEST_INDEX + index
 
 
 def make_masks(keys, epoch, size, config, observed=None):

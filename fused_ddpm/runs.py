@@ -34,7 +34,7 @@ from fused_ddpm.images import DataError
 from fused_ddpm.ops import status
 from fused_ddpm.processes import Log, rank, sum_over, world
 from fused_ddpm.samples import Samples
-from fused_ddpm.tracking import Tracker
+from fused_ddpm.tracking import Tracker, flat
 
 
 def mix(*numbers):
@@ -43,6 +43,9 @@ def mix(*numbers):
     torch's CPU generator heeds no more than 32 bits, so shifting them together won't do.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+WHOLE = {"small": 4000, "full": 10_000}  # images of a whole set, at most: 20 s on two cores
 
 
 class Run:
@@ -55,6 +58,7 @@ class Run:
         self.signals, self.training, self.stopping = [], False, False
         self.losses, self.epoch, self.bar, self.files = [], -1, None, []
         self.folder, self.old = None, set()  # what holds dir; what an older run left there
+        self.final = {}  # what history.json has beside the history
         self.state = {"step": 0, "history": {}, "losses": [], "facts": None}
         try:
             about = module.__doc__.split("\n")[0]
@@ -212,7 +216,7 @@ class Run:
     def _write_beside(self):
         """What goes with last.pt; also what a kill right after last.pt has left undone."""
         self.write("config.json", asdict(self.config))
-        self.write("history.json", self.history)
+        self.write("history.json", self.history | self.final)
         while self.old:
             self.old.pop().unlink()
 
@@ -325,6 +329,28 @@ class Run:
             states = {name: part.state_dict() for name, part in parts.items()}
             self.write("last.pt", about | {"config": config} | self.state | states)
             self._write_beside()
+
+    def finish(self, data, losses_of):
+        """After training: losses over the whole validation and test sets, or the first of each;
+        "final" in history.json, and printed. losses_of: of a batch, {"val_loss": (), ...}."""
+        most = min(data.most_held_out, WHOLE[self.config.preset])
+        totals = {f"{name}_loss": torch.zeros(2, device=self.device) for name in data.held_out}
+        first = range(0, most, 128)[rank() :: world()]
+        for i in tqdm(first, "whole sets", unit="batch", leave=False, disable=rank() > 0):
+            batch = data.held_out_batch(i, min(128, most - i))
+            for name, loss in losses_of(batch).items():
+                n = len(batch[name.removesuffix("_loss")][1])
+                totals[name] += torch.stack([n * loss, torch.full_like(loss, n)])
+        final, shown = {"images": {}}, []
+        for name, total in totals.items():
+            loss, n = sum_over(total).tolist()
+            if n:
+                final[name], final["images"][name.removesuffix("_loss")] = loss / n, int(n)
+                shown.append(f"{name} {loss / n:.4f} ({n:.0f} images)")
+        self.final = {"final": final}
+        self.write("history.json", self.history | self.final)
+        self.tracker.figures(self.bar.n, flat(final, "final"))
+        self.say(f"over whole sets: {', '.join(shown)}")
 
     # -- sampling ----------------------------------------------------------------------------------
 

@@ -574,6 +574,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     about = {"last.pt", "config.json", "history.json", "metrics.json"}
     assert files == pictures | arrays | about
     history = read_json(tmp_path / "run/history.json")
+    assert history.pop("final")["images"].keys() >= {"val", "test"}
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 80
     arrays = np.load(tmp_path / "run/reconstructions.npz")
     draws, truth = arrays["draws"], arrays["truth"]
