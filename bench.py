@@ -639,7 +639,7 @@ def bench_fill(args, job):
             crps = normal_crps(mean.cpu() / 2 + 0.5, std.cpu() / 2, truth, unseen)
             add("Gaussian conditional mean", images.to_unit(mean).cpu(), seconds, crps=crps)
         if args.checkpoint:
-            model = script.make_model(data.shape, config).eval()
+            model = script.make_model(data.shape, config, len(data.class_names)).eval()
             run.restore(ema=model)
             draw = lambda config: script.reconstruct(run, model, shown, config)["draws"]
             once, seconds = timed(lambda: draw(replace(config, sample_steps=1, num_draws=1)))

@@ -26,8 +26,8 @@ import torch.nn as nn
 
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
-from fused_ddpm.images import Data, to_bytes, to_float
-from fused_ddpm.noise import DROP, MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
+from fused_ddpm.images import Data, mirror_half, to_bytes, to_float
+from fused_ddpm.noise import DROP, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_columns, draw_losses, draw_rows
 from fused_ddpm.runs import Run
@@ -253,8 +253,7 @@ def train(run, model, ema, data, config):
         t = seeded_integers(keys, config.num_timesteps, TIMESTEP)
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
-            mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
-            x_start = torch.where(mirrored, x_start.flip(-1), x_start)
+            (x_start,) = mirror_half(keys, x_start)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)

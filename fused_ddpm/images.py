@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from fused_ddpm import shapes
 from fused_ddpm.files import UserError
 from fused_ddpm.folders import Part, list_folder, load_folder
+from fused_ddpm.noise import MIRROR, seeded_integers
 from fused_ddpm.pixels import DataError, Scale
 from fused_ddpm.processes import from_first, rank, wait, world
 
@@ -57,6 +58,12 @@ def to_unit(x):
 def as_file(x):
     """float [0, 1], (N, C, H, W) -> a uint8 array (N, H, W, C), as samples.npy has it."""
     return (x * 255).round().byte().movedim(1, -1).numpy()
+
+
+def mirror_half(keys, *images):
+    """Images (B, C, H, W), and what goes with them, half of the B mirrored: at random by keys."""
+    mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
+    return [torch.where(mirrored, x.flip(-1), x) for x in images]
 
 
 def hash_of(tensors):

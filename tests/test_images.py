@@ -17,6 +17,7 @@ from fused_ddpm.images import (
     choose_data,
     class_numbers,
     load_images,
+    mirror_half,
     to_bytes,
     to_float,
     to_unit,
@@ -322,3 +323,12 @@ def test_data_that_do_not_fit_the_checkpoint_are_refused(facts, said):
 def test_what_is_no_data_set_says_so_where_classes_are_needed(tmp_path):
     with pytest.raises(UserError, match="neither a data set"):
         Data(make_config(cfg_ddpm, data="misspelt"), labelled=True)
+
+
+def test_half_are_mirrored_with_all_that_belongs_to_them():
+    x, keys = torch.arange(2000.0 * 12).view(2000, 2, 2, 3), torch.arange(2000)
+    one, mask = mirror_half(keys, x, x[:, :1] % 2 == 0)
+    turned = (one != x).flatten(1).any(1)
+    assert 0.45 < turned.float().mean() < 0.55
+    assert torch.equal(one[turned], x[turned].flip(-1)) and torch.equal(mask, one[:, :1] % 2 == 0)
+    assert torch.equal(mirror_half(keys[7:9], x[7:9])[0], one[7:9])
