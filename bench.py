@@ -616,7 +616,8 @@ def bench_fill(args, job):
         config = replace(run.config, batch_size=32, num_draws=8)
         data = images.Data(config, run.facts)
         shown = data.test_part(args.num_images)
-        x, keys = images.to_float(shown.images), held_out_keys(len(shown), config)
+        x, index = images.to_float(shown.images), torch.arange(len(shown), device=config.device)
+        keys = held_out_keys(index, config)
         mask, _ = make_masks(keys, 0, x.shape[-1], as_tested(config))
         truth, seen = images.to_unit(x).cpu(), mask.cpu()
         unseen = ~seen
@@ -638,7 +639,7 @@ def bench_fill(args, job):
             crps = normal_crps(mean.cpu() / 2 + 0.5, std.cpu() / 2, truth, unseen)
             add("Gaussian conditional mean", images.to_unit(mean).cpu(), seconds, crps=crps)
         if args.checkpoint:
-            model = script.make_model(data.shape, config).eval()
+            model = script.make_model(data.shape, config, len(data.class_names)).eval()
             run.restore(ema=model)
             draw = lambda config: script.reconstruct(run, model, shown, config)["draws"]
             once, seconds = timed(lambda: draw(replace(config, sample_steps=1, num_draws=1)))

@@ -26,8 +26,8 @@ import torch.nn as nn
 
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
-from fused_ddpm.images import Data, to_bytes, to_float
-from fused_ddpm.noise import DROP, MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
+from fused_ddpm.images import Data, mirror_half, to_bytes, to_float
+from fused_ddpm.noise import DROP, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_columns, draw_losses, draw_rows
 from fused_ddpm.runs import Run
@@ -232,12 +232,11 @@ def learning_rate(step, config):
 def held_out_losses(model, held_out, alphas_cumprod, config):
     """On fixed images with fixed timesteps and noise, so that they compare between steps."""
     losses = {}
-    for part, (images, labels) in held_out.items():
-        index = torch.arange(len(images), device=images.device)
-        t = torch.linspace(0, config.num_timesteps - 1, len(index), device=images.device).long()
-        noise, x_start = seeded_normal(index, images.shape[1:]), to_float(images)
-        loss = training_loss(model, x_start, t, noise, labels, alphas_cumprod, config)
-        losses[f"{part}_loss"] = loss
+    for name, (index, part) in held_out.items():
+        t = torch.linspace(0, config.num_timesteps - 1, len(index), device=index.device).long()
+        noise, x_start = seeded_normal(index, part.images.shape[1:]), to_float(part.images)
+        loss = training_loss(model, x_start, t, noise, part.labels, alphas_cumprod, config)
+        losses[f"{name}_loss"] = loss
     return losses
 
 
@@ -254,8 +253,7 @@ def train(run, model, ema, data, config):
         t = seeded_integers(keys, config.num_timesteps, TIMESTEP)
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
-            mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
-            x_start = torch.where(mirrored, x_start.flip(-1), x_start)
+            (x_start,) = mirror_half(keys, x_start)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -276,6 +274,7 @@ def train(run, model, ema, data, config):
             run.write(f"step_{step + 1:06d}.png", draw_rows(*drawn, data.class_names))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
+    run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
 
 
 # --------------------------------------------------------------------------------------------------

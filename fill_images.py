@@ -82,7 +82,8 @@ def load(path, device="auto", amp="auto", **changes):
         raise UserError(f"--sample-steps {config.sample_steps}: at most {config.num_timesteps}")
     config.bfloat16 = open_device(device, amp)
     facts = checkpoint["facts"]
-    model = make_model(facts["shape"], config).requires_grad_(False).eval()
+    model = make_model(facts["shape"], config, len(facts["class_names"]))
+    model.requires_grad_(False).eval()
     try:
         model.load_state_dict(checkpoint["ema"])
     except RuntimeError as error:

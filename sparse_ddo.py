@@ -37,16 +37,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_ddpm import graphed, masked_loss, seeded_integers, seeded_normal, seeded_uniform
+from fused_ddpm import graphed, masked_loss, seeded_normal, seeded_uniform
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
 from fused_ddpm.fno import FnoUnet, places_in_shells, prepare_to_compile, resize
-from fused_ddpm.images import Data, to_float, to_unit
+from fused_ddpm.images import Data, mirror_half, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
-from fused_ddpm.noise import MIRROR, STEP_NOISE, TIMESTEP, TRAIN_NOISE
+from fused_ddpm.noise import STEP_NOISE, TIMESTEP, TRAIN_NOISE
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_sheet, show_seen
-from fused_ddpm.results import write_results
+from fused_ddpm.results import draw_each, write_results
 from fused_ddpm.runs import Run
 
 # --------------------------------------------------------------------------------------------------
@@ -281,13 +281,12 @@ def masks_of(index, size, config):
 def held_out_losses(model, held_out, config):
     """On fixed images with fixed times, noise and masks: they compare between steps."""
     losses = {}
-    for part, (images, _) in held_out.items():
-        index = torch.arange(len(images), device=images.device)
-        t = torch.linspace(0, 1, len(images), device=images.device)
-        noise = gp_noise(seeded_normal(index, images.shape[1:]), config)
-        masks = masks_of(TEST_INDEX + index, images.shape[-1], config)
-        loss = training_loss(model, to_float(images), t, noise, masks, config)
-        losses[f"{part}_loss"] = loss
+    for name, (index, part) in held_out.items():
+        t = torch.linspace(0, 1, len(index), device=index.device)
+        noise = gp_noise(seeded_normal(index, part.images.shape[1:]), config)
+        masks = masks_of(TEST_INDEX + index, part.images.shape[-1], config)
+        loss = training_loss(model, to_float(part.images), t, noise, masks, config)
+        losses[f"{name}_loss"] = loss
     return losses
 
 
@@ -305,9 +304,7 @@ def train(run, model, ema, data, config):
         t = (start + run.places) % 1  # low discrepancy: evenly over the batch
         noise = gp_noise(seeded_normal(keys, data.shape, TRAIN_NOISE), config)
         if config.flip:
-            mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
-            x_start = torch.where(mirrored, x_start.flip(-1), x_start)
-            masks = [torch.where(mirrored, mask.flip(-1), mask) for mask in masks]
+            x_start, *masks = mirror_half(keys, x_start, *masks)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -322,10 +319,11 @@ def train(run, model, ema, data, config):
         if run.reports(step):  # with saving, the only time the host waits for the device
             run.report(step, **held_out_losses(ema, data.held_out, config))
         if run.draws(step):
-            found = reconstruct(run, ema, data.held_out["val"][0][:8], 2, config)
+            found = reconstruct(run, ema, data.held_out["val"][1].images[:8], 2, config)
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
+    run.finish(data, lambda part: held_out_losses(ema, part, config))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -337,19 +335,12 @@ def reconstruct(run, model, images, num_draws, config, file=None):
     truth: (N, C, m, m); cond_mask, target_mask: bool (N, 1, m, m); draws: (K, N, C, n, n) with
     n = config.image_size.
     """
-    count, channels, size, truth = len(images), images.shape[1], config.image_size, to_float(images)
-    index = torch.arange(count, device=images.device)
+    channels, size, truth = images.shape[1], config.image_size, to_float(images)
+    index = torch.arange(len(images), device=images.device)
     cond_mask, target_mask = masks_of(TEST_INDEX + index, images.shape[-1], config)
     sample = make_sampler(model, channels, config)
-    shape, depends_on = (channels, size, size), [*model.state_dict().values(), images]
-    samples = run.samples(num_draws * count, shape, torch.float32, file, depends_on, scratch=True)
-    for jobs in samples.missing():  # of the draws not there yet this process's, in batches
-        draw, i = jobs // count, jobs % count
-        seeds = run.seeds((draw << 20) + i)
-        for z in sample(seeds, truth[i] * cond_mask[i], cond_mask[i]):
-            samples.tick()
-        samples.put(jobs, to_unit(z))
-    draws = samples.gather().unflatten(0, (num_draws, count))
+    inputs, config = (truth * cond_mask, cond_mask), replace(config, num_draws=num_draws)
+    draws = draw_each(run, model, sample, inputs, (channels, size, size), config, file)
     found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 

@@ -13,9 +13,8 @@ precisions they give the guess g, of precision P:
     P = 1 / v + a_t / (1 - a_t),    g = (h / v + x_t sqrt(a_t) / (1 - a_t)) / P
     x0_hat = g + f / sqrt(P)        so that f has to have variance 1 or so at every t
 
-K draws from different noise agree on the seen pixels and differ elsewhere: their mean has the least
-error, their spread says where the network is guessing. One call from pure noise, which says nothing
-about the image, is the posterior mean at once.
+K draws from different noise differ on the unseen pixels: their mean has the least error, their
+spread says where the network is guessing. One call from pure noise is the posterior mean at once.
 
 x_t is made from all pixels: so far this is training on complete images with a masked loss. With
 --observed-only x_t is on the target pixels alone; the minimiser is E[x_target | x_t, x_seen] all
@@ -24,7 +23,7 @@ cuts the unseen pixels into parts as large, each of which gets a reverse process
 
     python sparse_ddpm.py --sparsity 0.2                         # train, reconstruct, draw
     python sparse_ddpm.py --observed-only 0.4                    # of each image 60% is never read
-    python sparse_ddpm.py --data path/to/photos --preset full    # your own images, on a GPU
+    python sparse_ddpm.py --class-labels --sparsity 0.05         # and told the class
     python sparse_ddpm.py --sample out/sparse_ddpm/last.pt --num-draws 16 --out-dir out/more
 
 Measured: the first command, on Fashion-MNIST, takes 18 minutes on one core of a Zen 5. On 256 test
@@ -41,14 +40,14 @@ import torch.nn as nn
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
-from fused_ddpm.images import Data, to_unit
+from fused_ddpm.images import Data, mirror_half
 from fused_ddpm.linear import LinearFill
-from fused_ddpm.masks import as_tested, check_masks, held_out_keys, in_parts, make_masks, observe
+from fused_ddpm.masks import check_masks, held_out_keys, in_parts, mask_held_out, mask_images
 from fused_ddpm.metrics import Intervals
-from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_integers, seeded_uniform
+from fused_ddpm.noise import DROP, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions
-from fused_ddpm.results import write_results
+from fused_ddpm.results import draw_as_classes, draw_each, write_results
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet, check_sizes
 
@@ -67,6 +66,7 @@ class Model:  # what the weights are: fixed with a checkpoint
     num_timesteps: int = flag(1000, "T, steps of the forward process")
     schedule: str = flag("cosine", "of beta", ["linear", "cosine", "sigmoid"], full="linear")
     objective: str = flag("residual", "what the network predicts", ["residual", "eps", "v", "x0"])
+    class_labels: bool = flag(False, "it is told the class, too, in nine of ten images")
 
 
 @dataclass
@@ -101,9 +101,10 @@ class Sampling:  # how they are used: free
     spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", full=1.0, within="[1, 4]")
     eta: float = flag(0.0, "noise of DDIM: 0 none, 1 as much as DDPM", within="[0, 1]")
     variance: str = flag("small", "of DDPM's steps: the posterior's, or beta", ["small", "large"])
+    guidance_scale: float = flag(1.0, "w of class labels, see cfg_ddpm.py", within="[0, inf)")
+    classes: str | None = flag(None, "names or numbers, with commas, to complete classes.png as")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
-    enforce_observed: bool = flag(True, "keep the observed pixels, at every step")
     test_sparsity: float | None = flag(None, "seen of test images; as in training", within="(0, 1)")
     test_pattern: str | None = flag(None, "of test masks; as in training")
     baselines: bool = flag(True, "also the Gaussian conditional mean; memory (C H W)^2")
@@ -115,6 +116,8 @@ class Config(RunConfig, Sampling, Training, Model):
         """(wrong, message) of what no flag shows by itself."""
         yield from check_sizes(self)
         yield from check_masks(self)
+        asked = self.classes or self.guidance_scale != 1
+        yield asked and not self.class_labels, "--classes, --guidance-scale: need --class-labels"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,9 +194,9 @@ def q_sample(x_start, t, noise, alphas_cumprod):
 def predict(model, x_t, t, context, alphas_cumprod, config):
     """(x0_hat, scale): x0_hat = known + k f, whatever the objective; the loss is in units of scale.
 
-    context: what LinearFill makes of the sparse image. x_t is read where its state mask is set.
+    context: LinearFill's, and labels (B,) if the class is known. x_t is read where state is set.
     """
-    cond, seen, state, filled, variance = context
+    cond, seen, state, filled, variance, *labels = context
     a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
     x = x_t = torch.where(state, x_t, 0)
     noise = ((1 - a_t) / a_t).float()  # the variance of x_t / sqrt(a_t) around x_0
@@ -211,30 +214,28 @@ def predict(model, x_t, t, context, alphas_cumprod, config):
     unsure = variance.log() / 4 + 1  # -1 to 1, or so
     inputs = torch.cat([x, news, cond, filled, seen, state, unsure], dim=1)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.bfloat16):
-        out = model(inputs, t)
+        out = model(inputs, t, *labels)
     return known + k * out, scale
 
 
-def training_loss(model, fill, x_start, t, noise, masks, alphas_cumprod, config):
-    """The masked loss of a batch (B, C, H, W) in [-1, 1]. masks: see make_masks.
-
-    In units of scale it is that of f itself: for eps of the noise, for v of the velocity.
-    """
+def training_loss(model, fill, x_start, t, noise, masks, labels, alphas_cumprod, config):
+    """The masked loss, see make_masks, of a batch (B, C, H, W) in [-1, 1]; in units of scale that
+    of f itself: for eps of the noise, for v of the velocity."""
     cond_mask, target_mask = masks
     x_t = q_sample(x_start, t, noise, alphas_cumprod)
     state = target_mask if config.observed_only else torch.ones_like(cond_mask)
-    context = fill(x_start * cond_mask, cond_mask, state)
+    context = *fill(x_start * cond_mask, cond_mask, state), labels
     x0_hat, scale = predict(model, x_t, t, context, alphas_cumprod, config)
     w = 0.0 if config.observed_only else config.cond_weight  # there x_t is on no seen pixel
     return masked_loss(x0_hat / scale, x_start / scale, target_mask, cond_mask, w, config.loss)
 
 
 def make_sampler(model, shape, config, parts=None):
-    """sample(seeds, cond, cond_mask): x_t (B, *shape) after each reverse step, in the end images.
+    """sample(seeds, cond, cond_mask, labels): x_t (B, *shape) after each reverse step, in the end
+    images, each a function of its own seed, pixels, mask and label alone.
 
-    seeds: int64 (B,) on the device. cond: (B, *shape) in [-1, 1], 0 outside cond_mask (B, 1, H, W).
-    An image is a function of its own seed, pixels and mask alone. parts: in how many the unseen
-    pixels are drawn; each sees of those before it what training could have seen. None: all at once.
+    seeds, labels: int64 (B,). cond: (B, *shape), 0 outside cond_mask (B, 1, H, W). parts: in how
+    many the unseen pixels are drawn, each seeing what training could have seen; None: at once.
     """
     timesteps, coefficients = sampling_table(config)
     coefficients[:, :2] = torch.tensor([0.0, 1.0])  # k_x, k_o: predict gives x0_hat, clipped there
@@ -244,16 +245,17 @@ def make_sampler(model, shape, config, parts=None):
     def reverse_step(x_t, step, seeds, *context):
         t = timesteps[step].expand(len(x_t))
         x0_hat, _ = predict(model, x_t, t, context, alphas_cumprod, config)
-        if config.enforce_observed:
-            cond, seen, *_ = context
-            x0_hat = torch.where(seen, cond, x0_hat)
-        return posterior_step(x_t, x0_hat, coefficients, step, seeds)
+        if config.class_labels and config.guidance_scale != 1:  # see cfg_ddpm.py
+            x0_null, _ = predict(model, x_t, t, context[:-1], alphas_cumprod, config)
+            x0_hat = torch.lerp(x0_null, x0_hat, config.guidance_scale)
+        cond, seen, *_ = context
+        return posterior_step(x_t, torch.where(seen, cond, x0_hat), coefficients, step, seeds)
 
     @torch.no_grad()
-    def sample(seeds, cond, cond_mask):
+    def sample(seeds, cond, cond_mask, *labels):
         whole, most = cond, config.sparsity[-1] if config.sample_steps > 1 else 0.0
         for state, seen in in_parts(seeds, cond_mask, parts, most):
-            context = model.fill(whole * seen, seen, state)
+            context = *model.fill(whole * seen, seen, state), *labels
             x_t = seeded_normal(seeds, shape)
             for step in range(config.sample_steps):
                 x_t = reverse_step(x_t, step, seeds, *context)
@@ -282,17 +284,14 @@ def learning_rate(step, config):
 
 
 @torch.no_grad()
-def held_out_losses(model, data, alphas_cumprod, config):
+def held_out_losses(model, held_out, alphas_cumprod, config):
     """On fixed images with fixed timesteps, noise and masks: they compare between steps."""
     losses = {}
-    for name, part in data.held_out_parts.items():
-        index = torch.arange(len(part), device=config.device)
+    for name, (index, part) in held_out.items():
         t = torch.linspace(0, config.num_timesteps - 1, len(index), device=config.device).long()
-        noise, keys = seeded_normal(index, data.shape), held_out_keys(len(index), config)
-        x_start, observed = observe(part, keys, config.observed_only)
-        masks = make_masks(keys, 0, config.image_size, config, observed)
-        loss = training_loss(model, model.fill, x_start, t, noise, masks, alphas_cumprod, config)
-        losses[f"{name}_loss"] = loss
+        x_start, masks, _ = mask_images(part, held_out_keys(index, config), 0, config)
+        batch = x_start, t, seeded_normal(index, x_start.shape[1:]), masks, part.labels
+        losses[f"{name}_loss"] = training_loss(model, model.fill, *batch, alphas_cumprod, config)
     return losses
 
 
@@ -307,21 +306,20 @@ def train(run, model, ema, data, config):
 
     for step in run.steps():
         index, keys = run.batch(step, len(data.images))  # a key to all that is random of an image
-        own = run.seeds(index)  # the image's, in every epoch
-        x_start, observed = observe(data.train[index], own, config.observed_only)
+        part, own = data.train[index], run.seeds(index)  # the image's, in every epoch
         mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
-        masks = make_masks(own, mask_epoch, config.image_size, config, observed)
+        x_start, masks, _ = mask_images(part, own, mask_epoch, config)
         # As in sampling most steps are near 0: far from it x_t says little that is not seen.
         t = (config.num_timesteps * seeded_uniform(keys, TIMESTEP) ** 2).long()
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
-            mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
-            x_start = torch.where(mirrored, x_start.flip(-1), x_start)
-            masks = [torch.where(mirrored, mask.flip(-1), mask) for mask in masks]
+            x_start, *masks = mirror_half(keys, x_start, *masks)
+        dropped = seeded_uniform(keys, DROP) < 0.1
+        batch = x_start, t, noise, masks, torch.where(dropped, model.null_class, part.labels)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        loss = training_loss(network, model.fill, x_start, t, noise, masks, alphas_cumprod, config)
+        loss = training_loss(network, model.fill, *batch, alphas_cumprod, config)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -330,13 +328,13 @@ def train(run, model, ema, data, config):
         run.log(loss, norm)
 
         if run.reports(step):
-            run.report(step, **held_out_losses(ema, data, alphas_cumprod, config))
+            run.report(step, **held_out_losses(ema, data.held_out, alphas_cumprod, config))
         if run.draws(step):
-            few, val = replace(config, num_draws=2), data.held_out_parts["val"][:8]
-            found = reconstruct(run, ema, val, few)
+            found = reconstruct(run, ema, data.held_out["val"][1][:8], replace(config, num_draws=2))
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
+    run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
 
 
 def reconstruct(run, model, part, config, file=None, fraction=None):
@@ -345,30 +343,19 @@ def reconstruct(run, model, part, config, file=None, fraction=None):
     fraction: of the pixels, the only ones to be read. truth: (N, C, H, W); cond_mask, target_mask,
     and observed if that is not all: bool (N, 1, H, W); draws: (K, N, C, H, W).
     """
-    n, keys = len(part), held_out_keys(len(part), config)
-    truth, observed = observe(part, keys, fraction)
-    shape = truth.shape[1:]
-    cond_mask, target_mask = make_masks(keys, 0, shape[-1], as_tested(config), observed)
+    x, found = mask_held_out(part, config, fraction)
+    cond_mask, shape = found["cond_mask"], x.shape[1:]
     unseen = 1 - cond_mask.float().mean().item()
     parts = model.fill.parts(unseen) if config.observed_only else None
     sample = make_sampler(model, shape, config, parts)
-    count, depends_on = config.num_draws * n, [*model.state_dict().values(), truth]
-    samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
-    for jobs in samples.missing(parts or 1):  # of the draws not there yet this process's
-        draw, i = jobs // n, jobs % n
-        seeds = run.seeds((draw << 20) + i)
-        for x_t in sample(seeds, truth[i] * cond_mask[i], cond_mask[i]):
-            samples.tick()
-        samples.put(jobs, to_unit(x_t))
-    draws = samples.gather().unflatten(0, (config.num_draws, n))
-    found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
-    found |= {} if observed is None else {"observed": observed}
+    inputs = x * cond_mask, cond_mask, part.labels
+    draws = draw_each(run, model, sample, inputs, shape, config, file, parts or 1)
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
 
 
-def make_model(shape, config):
+def make_model(shape, config, num_classes=0):
     """The network, and what is kept with it, for images of a shape (C, H, W)."""
-    model = Unet(4 * shape[0] + 3, shape[0], config)  # see predict
+    model = Unet(4 * shape[0] + 3, shape[0], config, num_classes if config.class_labels else 0)
     model.fill, model.intervals = LinearFill(shape, config.sparsity[-1]), Intervals()
     return model.to(config.device, memory_format=torch.channels_last)
 
@@ -376,11 +363,11 @@ def make_model(shape, config):
 def main(argv=None):
     with Run(Config, argv) as run:
         config = run.config
-        data = Data(config, run.facts)
+        data = Data(config, run.facts, labelled=config.class_labels)
         if not config.sample and data.train.observed is not None:
             config.observed_only = config.observed_only or 1.0  # of what there is
         torch.manual_seed(config.seed)  # of the first weights
-        model = make_model(data.shape, config)
+        model = make_model(data.shape, config, len(data.class_names))
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         ema.fill = model.fill
         run.introduce(model, data)
@@ -390,7 +377,7 @@ def main(argv=None):
         else:
             train(run, model, ema, data, config)
             run.write("loss.png", draw_losses(run.history))
-            val = data.held_out_parts["val"][:64]
+            val = data.held_out["val"][1][:64]
             found = reconstruct(run, ema, val, config, fraction=config.observed_only)
             ema.intervals.fit(found, config.sample_steps)
             run.save()  # with the intervals
@@ -402,6 +389,9 @@ def main(argv=None):
         once = replace(config, sample_steps=1, num_draws=1)  # from noise: the posterior mean
         found["regression"] = reconstruct(run, ema, test, once)["draws"][0]
         found |= baselines(found, data, config, ema.fill)
+        if config.class_labels:
+            complete = lambda part: reconstruct(run, ema, part, replace(config, num_draws=1))
+            run.write("classes.png", draw_as_classes(complete, test[:8], data))
         write_results(run, found, ema.intervals if ema.intervals.fit_to(config) else None)
 
 

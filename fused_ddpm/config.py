@@ -20,6 +20,7 @@ import torch
 
 from fused_ddpm.checkpoints import load_checkpoint
 from fused_ddpm.files import UserError
+from fused_ddpm.tracking import OPENERS
 
 SAME = object()
 ANY_COUNT = "[1, 10000000]"
@@ -50,6 +51,7 @@ class RunConfig:  # where and how: the same for every script
     resume: bool = flag(False, "continue the run in out-dir")
     overwrite: bool = flag(False, "replace the run in out-dir")
     sample: str | None = flag(None, "CHECKPOINT: train nothing, only sample")
+    log: str = flag("none", "curves and pictures also for", ["none", *OPENERS])
 
     bfloat16: bool = False  # what amp comes down to on this machine
 
@@ -142,12 +144,12 @@ def fixed_flags(Config, sampling):
 
 
 def complete(Config, saved):
-    """A checkpoint's {name: value}, with the preset's for flags of Sampling that it is too old for.
+    """A checkpoint's {name: value}, with the preset's for free flags that it is too old for.
 
-    Only of those that are free: with any other, the run would not be the same.
+    But not of Training: with any other value the run would not be the same.
     """
     flags, fixed = flags_of(Config).items(), fixed_flags(Config, sampling=False)
-    free = {name for name, (_, part) in flags if part == "Sampling"} - fixed
+    free = {name for name, (_, part) in flags if part != "Training"} - fixed
     values = preset_values(Config, saved.get("preset"))
     return {name: values[name] for name in free} | saved
 
@@ -241,4 +243,5 @@ def _continued(Config, script, given, parser):
                 f"--{dashed} {given[name]}: the checkpoint was made with {saved[name]}; "
                 "leave it out or start anew"
             )
-    return saved | ONCE | {"out_dir": folder}, checkpoint
+    once = ONCE | {"log": "none"} if sampling else ONCE  # what is sampled is no part of its log
+    return saved | once | {"out_dir": folder}, checkpoint

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from fused_ddpm import shapes
 from fused_ddpm.files import UserError
 from fused_ddpm.folders import Part, list_folder, load_folder
+from fused_ddpm.noise import MIRROR, seeded_integers
 from fused_ddpm.pixels import DataError, Scale
 from fused_ddpm.processes import from_first, rank, wait, world
 
@@ -59,6 +60,12 @@ def as_file(x):
     return (x * 255).round().byte().movedim(1, -1).numpy()
 
 
+def mirror_half(keys, *images):
+    """Images (B, C, H, W), and what goes with them, half of the B mirrored: at random by keys."""
+    mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
+    return [torch.where(mirrored, x.flip(-1), x) for x in images]
+
+
 def hash_of(tensors):
     """A hash, as text, of tensors as they lie in memory."""
     known = hashlib.blake2b(digest_size=16)
@@ -72,9 +79,9 @@ class Data:
 
     name, facts: what it is; shape: (C, H, W) of an image; class_names; scale: between a file's
     values and [-1, 1]. images: uint8, or float32 in [-1, 1] (N, C, H, W), and labels: int64 (N,)
-    to train on; held_out: {"val": (images, labels), "test": ...}, 128 of each, if labelled also
-    "val_uncond" with the null class; train, held_out_parts, test_part(n): the same as Parts, which
-    also have observed, None or bool (N, 1, H, W); classes: int64 (c,), those of --classes.
+    to train on; train, test_part(n): the same as Parts, which also have observed, None or bool
+    (N, 1, H, W); held_out: {"val": (index (B,), Part), "test": ...}, the first 128 of each, if
+    labelled also "val_uncond" with the null class; classes: int64 (c,), those of --classes.
     """
 
     def __init__(self, config, facts=None, labelled=False):
@@ -189,16 +196,25 @@ class Data:
 
     @functools.cached_property
     def held_out(self):
-        parts = {name: (part.images, part.labels) for name, part in self.held_out_parts.items()}
-        if self.labelled:
-            images, labels = parts["val"]
-            parts["val_uncond"] = images, torch.full_like(labels, len(self.class_names))
-        return parts
+        return self.held_out_batch(0)
 
-    @functools.cached_property
-    def held_out_parts(self):
-        parts = {"val": self._train[0], "test": self._test}
-        return {name: part[:128].to(self.config.device) for name, part in parts.items()}
+    def held_out_batch(self, first, size=128):
+        """What held_out is, of the images from this one on; without the sets that end before."""
+        sets = {"val": self._train[0], "test": self._test}
+        if self.labelled:
+            null = torch.full_like(sets["val"].labels, len(self.class_names))
+            sets["val_uncond"] = replace(sets["val"], labels=null)
+        batch = {}
+        for name, part in sets.items():
+            part = part[first : first + size].to(self.config.device)
+            if len(part):
+                batch[name] = first + torch.arange(len(part), device=self.config.device), part
+        return batch
+
+    @property
+    def most_held_out(self):
+        """Images in the larger of the two sets."""
+        return max(len(self._train[0]), len(self._test))
 
 
 def one_first(load):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_ddpm.files import UserError
-from fused_ddpm.images import to_float
+from fused_ddpm.images import to_float, to_unit
 from fused_ddpm.noise import (
     FRACTION,
     HIDDEN,
@@ -150,9 +150,9 @@ def as_tested(config):
     return replace(config, sparsity=sparsity, target_sparsity=target, mask_pattern=pattern)
 
 
-def held_out_keys(n, config):
-    """Of held-out images 0..n-1: apart from those of training, the same for a seed."""
-    return (config.seed << 32) + TEST_INDEX + torch.arange(n, device=config.device)
+def held_out_keys(index, config):
+    """Of held-out images, int64 (B,): apart from those of training, the same for a seed."""
+    return (config.seed << 32) + TEST_INDEX + index
 
 
 def make_masks(keys, epoch, size, config, observed=None):
@@ -225,6 +225,25 @@ def observe(part, keys, fraction=None):
     if observed is not None:
         x_start = torch.where(observed, x_start, 0)
     return x_start, observed
+
+
+def mask_images(part, keys, epoch, config):
+    """(x_start, (cond_mask, target_mask), observed) of a part's images: see observe, make_masks."""
+    x_start, observed = observe(part, keys, config.observed_only)
+    return x_start, make_masks(keys, epoch, x_start.shape[-1], config, observed), observed
+
+
+def mask_held_out(part, config, fraction=None):
+    """(x, found): a part's images (N, C, H, W) in [-1, 1], and what is known of them beforehand.
+
+    fraction: of the pixels, the only ones to be read. found: truth, x in [0, 1]; cond_mask,
+    target_mask, and observed if that is not all, bool (N, 1, H, W).
+    """
+    keys = held_out_keys(torch.arange(len(part), device=config.device), config)
+    tested = replace(as_tested(config), observed_only=fraction)
+    x, (cond_mask, target_mask), observed = mask_images(part, keys, 0, tested)
+    found = {"truth": to_unit(x), "cond_mask": cond_mask, "target_mask": target_mask}
+    return x, found if observed is None else found | {"observed": observed}
 
 
 def in_parts(keys, cond_mask, parts, fraction):

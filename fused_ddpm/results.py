@@ -1,8 +1,28 @@
 """What the sparse scripts leave behind: figures, arrays and pictures of what they reconstructed."""
 
-from fused_ddpm.images import as_file
+from dataclasses import replace
+
+import torch
+
+from fused_ddpm.images import as_file, to_unit
 from fused_ddpm.metrics import evaluate, table
-from fused_ddpm.pictures import draw_ranks, draw_reconstructions
+from fused_ddpm.pictures import draw_ranks, draw_reconstructions, draw_sheet, show_seen
+
+
+def draw_each(run, model, sample, inputs, shape, config, file=None, parts=1):
+    """K draws of each of N images by sample(seeds, *inputs), float (K, N, *shape) in [0, 1].
+
+    inputs: tensors (N, ...). file, parts: see run.samples and Samples.missing.
+    """
+    n, depends_on = len(inputs[0]), [*model.state_dict().values(), *inputs]
+    count = config.num_draws * n
+    samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
+    for jobs in samples.missing(parts):  # of the draws not there yet this process's
+        draw, i = jobs // n, jobs % n
+        for x_t in sample(run.seeds((draw << 20) + i), *(x[i] for x in inputs)):
+            samples.tick()
+        samples.put(jobs, to_unit(x_t))
+    return samples.gather().unflatten(0, (config.num_draws, n))
 
 
 def write_results(run, found, intervals=None, draws=None, regions=("unseen",)):
@@ -27,3 +47,16 @@ def write_results(run, found, intervals=None, draws=None, regions=("unseen",)):
     for region in regions:
         run.say(table(metrics, region))
     run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
+
+
+def draw_as_classes(complete, part, data):
+    """The same sparse images, of a Part, completed as if they were of each of data.classes.
+
+    complete(part): what a script's `reconstruct` finds, one draw.
+    """
+    columns = {}
+    for label in data.classes.tolist():
+        found = complete(replace(part, labels=0 * part.labels + label))
+        columns[data.class_names[label]] = found["draws"][0]
+    truth, seen = found["truth"], show_seen(found["truth"], found["cond_mask"])
+    return draw_sheet({"original": truth, "seen": seen} | columns)

@@ -34,6 +34,7 @@ from fused_ddpm.images import DataError
 from fused_ddpm.ops import status
 from fused_ddpm.processes import Log, rank, sum_over, world
 from fused_ddpm.samples import Samples
+from fused_ddpm.tracking import Tracker, flat
 
 
 def mix(*numbers):
@@ -42,6 +43,9 @@ def mix(*numbers):
     torch's CPU generator heeds no more than 32 bits, so shifting them together won't do.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+WHOLE = {"small": 4000, "full": 10_000}  # images of a whole set, at most: 20 s on two cores
 
 
 class Run:
@@ -54,11 +58,13 @@ class Run:
         self.signals, self.training, self.stopping = [], False, False
         self.losses, self.epoch, self.bar, self.files = [], -1, None, []
         self.folder, self.old = None, set()  # what holds dir; what an older run left there
+        self.final = {}  # what history.json has beside the history
         self.state = {"step": 0, "history": {}, "losses": [], "facts": None}
         try:
             about = module.__doc__.split("\n")[0]
             with contextlib.redirect_stderr(Log(sys.stderr)):
                 self.config, found = read_command_line(Config, self.script, about, argv)
+                self.tracker = Tracker(self.config.log)
         except (Exception, KeyboardInterrupt) as error:
             self._end(error)
             raise
@@ -111,6 +117,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         sys.stdout, sys.stderr = self.streams
+        self.tracker.close()
         if self.folder is not None:
             os.close(self.folder)
         if dist.is_initialized():
@@ -195,19 +202,21 @@ class Run:
         self.folder, config = occupy(self.dir), self.config
         there = (self.dir / "last.pt").exists()
         if config.sample:
-            return
+            return self.tracker.start(self)
         if not self.checkpoint:
             if there and not config.overwrite:  # it was not, when this run began
                 raise UserError(f"--out-dir {self.dir}: holds a run already")
-            for name in "gaussian.npz", "step_*.png":  # not to be taken for the new run's
+            # Not to be taken for the new run's.
+            for name in "gaussian.npz", "step_*.png", "tensorboard/*":
                 self.old.update(self.dir.glob(name))
         if self.checkpoint or not there:
             self._write_beside()
+        self.tracker.start(self)
 
     def _write_beside(self):
         """What goes with last.pt; also what a kill right after last.pt has left undone."""
         self.write("config.json", asdict(self.config))
-        self.write("history.json", self.history)
+        self.write("history.json", self.history | self.final)
         while self.old:
             self.old.pop().unlink()
 
@@ -253,7 +262,7 @@ class Run:
         slots = torch.arange(size, device=self.device).chunk(world())[rank()]
         key = mix(self.config.seed, step) >> 1
         key = torch.full((1,), key, dtype=torch.int64, device=self.device)
-        self.step_key, self.places = key, slots / size
+        self.step_key, self.places, self.images_a_step = key, slots / size, size
         return self.order[place * size + slots], key + slots
 
     def log(self, loss, norm):
@@ -300,6 +309,7 @@ class Run:
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         self.losses = []
+        self.tracker.report(self, row)
         shown = {"loss": f"{row['train_loss']:.4f}", "val": f"{row.get('val_loss', math.nan):.4f}"}
         self.bar.set_postfix(shown, refresh=False)
 
@@ -319,6 +329,28 @@ class Run:
             states = {name: part.state_dict() for name, part in parts.items()}
             self.write("last.pt", about | {"config": config} | self.state | states)
             self._write_beside()
+
+    def finish(self, data, losses_of):
+        """After training: losses over the whole validation and test sets, or the first of each;
+        "final" in history.json, and printed. losses_of: of a batch, {"val_loss": (), ...}."""
+        most = min(data.most_held_out, WHOLE[self.config.preset])
+        totals = {f"{name}_loss": torch.zeros(2, device=self.device) for name in data.held_out}
+        first = range(0, most, 128)[rank() :: world()]
+        for i in tqdm(first, "whole sets", unit="batch", leave=False, disable=rank() > 0):
+            batch = data.held_out_batch(i, min(128, most - i))
+            for name, loss in losses_of(batch).items():
+                n = len(batch[name.removesuffix("_loss")][1])
+                totals[name] += torch.stack([n * loss, torch.full_like(loss, n)])
+        final, shown = {"images": {}}, []
+        for name, total in totals.items():
+            loss, n = sum_over(total).tolist()
+            if n:
+                final[name], final["images"][name.removesuffix("_loss")] = loss / n, int(n)
+                shown.append(f"{name} {loss / n:.4f} ({n:.0f} images)")
+        self.final = {"final": final}
+        self.write("history.json", self.history | self.final)
+        self.tracker.figures(self.bar.n, flat(final, "final"))
+        self.say(f"over whole sets: {', '.join(shown)}")
 
     # -- sampling ----------------------------------------------------------------------------------
 
@@ -342,3 +374,5 @@ class Run:
         if self.leads:
             write(self.dir / name, content)
             self.old.discard(self.dir / name)
+            done = self.state["step"] if self.bar is None else self.bar.n
+            self.tracker.file(self.dir / name, content, done)

@@ -80,7 +80,8 @@ class LinearAttention(Attention):
 class Unet(nn.Module):
     """x (B, in_channels, H, W), t (B,) -> (B, out_channels, H, W).
 
-    With num_classes it also takes labels (B,) int64; the label num_classes is the null class.
+    With num_classes it also takes labels (B,) int64; the label num_classes is the null class, as is
+    None. Without, labels are ignored.
     config: image_size, dim, dim_mults, num_blocks, attn_resolutions, linear_attention, dropout; see
     ddpm.py.
     """
@@ -126,7 +127,8 @@ class Unet(nn.Module):
 
     def forward(self, x, t, labels=None):
         emb = self.time(t)
-        if labels is not None:
+        if self.null_class:
+            labels = torch.full_like(t, self.null_class) if labels is None else labels
             emb = emb + self.classes(labels)
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         skips = []

@@ -205,6 +205,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     arrays = {"samples.npy", "labels.npy"}
     assert files == pictures | arrays | {"last.pt", "config.json", "history.json"}
     history = read_json(tmp_path / "run/history.json")
+    assert history.pop("final")["images"].keys() >= {"val", "test"}
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 120
     for part in ("train", "val", "val_uncond", "test"):
         assert history[f"{part}_loss"][-1] < 0.8 * history[f"{part}_loss"][0]

@@ -386,14 +386,15 @@ def test_a_damaged_configuration_is_an_error_for_the_user(checkpoint):
 
 
 def test_a_checkpoint_from_before_a_free_flag_takes_its_value(checkpoint):
-    """sweep and sample_steps only say how it samples; side and width make another run."""
+    """sweep, sample_steps and log change nothing that is learnt; side and width do."""
     path = checkpoint(preset="full", width=12)
     content = torch.load(path, weights_only=True)
-    for name in ("sweep", "sample_steps"):
+    for name in ("sweep", "sample_steps", "log"):
         del content["config"][name]
     torch.save(content, path)
     config, _ = read("--resume", "--out-dir", "run")
     assert (config.sweep, config.sample_steps, config.width) == ([0, 1], 20, 12)
+    assert config.log == "none"
     del content["config"]["side"]
     torch.save(content, path)
     with pytest.raises(UserError, match=r"\(of another version: side\)"):

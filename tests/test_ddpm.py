@@ -13,6 +13,7 @@ from helpers import away_from_zero, exits_with, load, make_config, read_json
 import ddpm as script
 import fused_ddpm.ops
 from fused_ddpm import posterior_step, seeded_normal
+from fused_ddpm.folders import Part
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
@@ -282,7 +283,8 @@ def test_loss_is_the_distance_to_the_goal(objective, kind):
 def test_held_out_losses_compare_between_steps():
     """The same each time for the same weights, whatever was drawn before: over all timesteps."""
     config, (images, labels) = small_config(), load_images("shapes", image_size=16)
-    held_out = {"val": (images[:50], labels[:50]), "test": (images[50:90], labels[50:90])}
+    index, parts = torch.arange(50), (Part(images[:50], labels[:50]), Part(images, labels)[50:90])
+    held_out = {"val": (index, parts[0]), "test": (index[:40], parts[1])}
     net, alphas_cumprod = small_unet(config), script.make_schedule("cosine", 50)
     first = script.held_out_losses(net, held_out, alphas_cumprod, config)
     torch.randn(7)
@@ -409,6 +411,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     pictures = {"loss.png", "samples.png", "step_000060.png"}
     assert files == pictures | {"last.pt", "config.json", "history.json", "samples.npy"}
     history = read_json(tmp_path / "run/history.json")
+    assert history.pop("final")["images"].keys() >= {"val", "test"}
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 120
     for part in ("train", "val", "test"):
         assert history[f"{part}_loss"][-1] < 0.8 * history[f"{part}_loss"][0]

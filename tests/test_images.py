@@ -17,6 +17,7 @@ from fused_ddpm.images import (
     choose_data,
     class_numbers,
     load_images,
+    mirror_half,
     to_bytes,
     to_float,
     to_unit,
@@ -237,8 +238,8 @@ def test_parts_are_disjoint_and_shuffled_but_the_same_each_time():
     assert data.test(99).shape == (40, 3, 16, 16)
     assert {name: len(part[0]) for name, part in data.held_out.items()} == {"val": 24, "test": 40}
     whole, labels = load_images("shapes", image_size=16, train=True)
-    parts = torch.cat([data.held_out["val"][0], data.images])
-    part_labels = torch.cat([data.held_out["val"][1], data.labels])
+    _, val = data.held_out["val"]
+    parts, part_labels = torch.cat([val.images, data.images]), torch.cat([val.labels, data.labels])
 
     def in_order(images, labels):
         rows = torch.cat([labels[:, None].byte(), images.flatten(1)], dim=1)
@@ -248,7 +249,7 @@ def test_parts_are_disjoint_and_shuffled_but_the_same_each_time():
     assert not torch.equal(parts, whole)
     assert torch.equal(Data(make_config(ddpm, seed=5)).images, data.images)  # whatever the seed
     assert data.facts == {"shape": [3, 16, 16], "class_names": shapes.NAMES, "scale": None}
-    held_out = data.held_out_parts.values()
+    held_out = [part for _, part in data.held_out.values()]
     assert all(part.observed is None for part in (data.train, data.test_part(9), *held_out))
 
 
@@ -257,10 +258,17 @@ def test_held_out_images_are_128_at_most_and_once_more_without_a_class(monkeypat
     data = Data(make_config(cfg_ddpm), labelled=True)
     held_out = data.held_out
     assert held_out.keys() == {"val", "test", "val_uncond"}
-    assert all(len(x) == 128 for part in held_out.values() for x in part)
-    assert torch.equal(held_out["val"][0], held_out["val_uncond"][0])
-    assert (held_out["val_uncond"][1] == 10).all() and held_out["val"][1].max() < 10
+    assert all(torch.equal(index, torch.arange(128)) for index, _ in held_out.values())
+    val, uncond = held_out["val"][1], held_out["val_uncond"][1]
+    assert len(val) == 128 and torch.equal(val.images, uncond.images)
+    assert (uncond.labels == 10).all() and val.labels.max() < 10
     assert len(data.test(999)) == 140 and data.images.shape[0] == 1350
+    assert data.most_held_out == 150
+    rest = {name: index.tolist() for name, (index, _) in data.held_out_batch(128).items()}
+    assert rest.pop("test") == list(range(128, 140))
+    assert rest == {"val": list(range(128, 150)), "val_uncond": list(range(128, 150))}
+    assert torch.equal(data.held_out_batch(128)["test"][1].images, data.test(999)[128:])
+    assert data.held_out_batch(140, 5).keys() == {"val", "val_uncond"}
 
 
 def test_the_facts_of_a_checkpoint_are_enough_to_sample():
@@ -315,3 +323,12 @@ def test_data_that_do_not_fit_the_checkpoint_are_refused(facts, said):
 def test_what_is_no_data_set_says_so_where_classes_are_needed(tmp_path):
     with pytest.raises(UserError, match="neither a data set"):
         Data(make_config(cfg_ddpm, data="misspelt"), labelled=True)
+
+
+def test_half_are_mirrored_with_all_that_belongs_to_them():
+    x, keys = torch.arange(2000.0 * 12).view(2000, 2, 2, 3), torch.arange(2000)
+    one, mask = mirror_half(keys, x, x[:, :1] % 2 == 0)
+    turned = (one != x).flatten(1).any(1)
+    assert 0.45 < turned.float().mean() < 0.55
+    assert torch.equal(one[turned], x[turned].flip(-1)) and torch.equal(mask, one[:, :1] % 2 == 0)
+    assert torch.equal(mirror_half(keys[7:9], x[7:9])[0], one[7:9])

@@ -26,11 +26,12 @@ import cfg_ddpm
 import ddpm
 import sparse_ddo
 import sparse_ddpm
-from fused_ddpm import folders, images, runs
+from fused_ddpm import folders, images, runs, seeded_normal
 from fused_ddpm.files import UserError
-from fused_ddpm.images import Data
+from fused_ddpm.images import Data, to_float
 from fused_ddpm.processes import Log
 from fused_ddpm.runs import Run, mix
+from fused_ddpm.unet import Unet
 
 SCRIPTS = [ddpm, cfg_ddpm, sparse_ddpm, sparse_ddo]
 
@@ -176,6 +177,9 @@ def test_two_processes_equal_one(script, tmp_path, by_two_processes):
     folders = tmp_path, by_two_processes / script.__name__
     one, two = (read_json(folder / "history.json") for folder in folders)
     assert one.keys() == two.keys() and one["steps"] == two["steps"] == [1, 2, 3, 4, 5, 6]
+    final = one.pop("final"), two.pop("final")
+    counts = [x.pop("images") for x in final]
+    assert counts[0] == counts[1] and final[0] == pytest.approx(final[1], rel=1e-4)
     for key in one:
         np.testing.assert_allclose(one[key], two[key], rtol=1e-4)
     one, two = (np.load(folder / "samples.npy").astype(int) for folder in folders)
@@ -362,7 +366,44 @@ def test_a_checkpoint_holds_what_a_reader_needs(tmp_path):
     config = read_json(tmp_path / "config.json")
     assert checkpoint["config"] == {k: v for k, v in config.items() if k != "bfloat16"}
     assert config.keys() == vars(make_config(ddpm)).keys()
-    assert checkpoint["history"] == read_json(tmp_path / "history.json")
+    written = read_json(tmp_path / "history.json")
+    assert written.pop("final")["images"] == {"val": 24, "test": 40}
+    assert checkpoint["history"] == written
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=by_name)
+def test_sets_of_one_batch_have_the_same_loss_in_the_end(script, tmp_path, capsys):
+    run_tiny(script, tmp_path, "--steps", "2")
+    history = read_json(tmp_path / "history.json")
+    final = history.pop("final")
+    assert final.pop("images").items() >= {"val": 24, "test": 40}.items()
+    assert final == {name: pytest.approx(history[name][-1], rel=1e-6) for name in final}
+    shown = f"over whole sets: val_loss {final['val_loss']:.4f} (24 images), test_loss "
+    assert shown in capsys.readouterr().out
+
+
+def test_the_last_losses_are_of_all_images_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "SHAPES_COUNT", {True: 3000, False: 140})
+    monkeypatch.setitem(runs.WHOLE, "small", 200)
+    run_tiny(ddpm, tmp_path, "--steps", "1", "--amp", "off")
+    final = read_json(tmp_path / "history.json")["final"]
+    assert final["images"] == {"val": 200, "test": 140}
+    checkpoint = load(tmp_path / "last.pt")
+    config = ddpm.Config(**checkpoint["config"])
+    model = Unet(3, 3, config)
+    model.load_state_dict(checkpoint["ema"])
+    alphas_cumprod = ddpm.make_schedule(config.schedule, config.num_timesteps)
+    sets = {"val": Data(config)._train[0], "test": Data(config).test_part(140)}
+    for name, part in sets.items():
+        losses = []
+        for i in range(final["images"][name]):
+            batch = min(final["images"][name] - i // 128 * 128, 128)  # this image's
+            t = torch.linspace(0, 49, batch).long()[i % 128].view(1)
+            x_start = to_float(part.images[i : i + 1])
+            noise = seeded_normal(torch.tensor([i]), (3, 16, 16))
+            with torch.no_grad():
+                losses += [ddpm.training_loss(model, x_start, t, noise, alphas_cumprod, config)]
+        assert final[f"{name}_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 # -- what belongs together -------------------------------------------------------------------------

@@ -316,6 +316,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     arrays = {"reconstructions.npz", "samples.npy", "gaussian.npz"}
     assert files == pictures | arrays | {"last.pt", "config.json", "history.json", "metrics.json"}
     history = read_json(tmp_path / "run/history.json")
+    assert history.pop("final")["images"].keys() >= {"val", "test"}
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 120
     assert history["val_loss"][-1] < 0.8 * history["val_loss"][0]
     arrays = np.load(tmp_path / "run/reconstructions.npz")

@@ -10,6 +10,7 @@ import torch
 from helpers import away_from_zero, exits_with, make_config, read_json
 from PIL import Image
 
+import fill_images
 import fused_ddpm.ops
 import sparse_ddpm as script
 from fused_ddpm.fill import gaussian_blur
@@ -76,8 +77,8 @@ def test_network_sees_observed_pixels_only_and_loss_the_target_only(observed_onl
 
     x_start.requires_grad_()
     shown = []
-    ignoring = lambda x, t: shown.append(x) or 0 * x[:, :3]
-    rest = masks, alphas_cumprod, config
+    ignoring = lambda x, t, labels: shown.append(x) or 0 * x[:, :3]
+    rest = masks, None, alphas_cumprod, config
     script.training_loss(ignoring, fill, x_start, T, noise, *rest).backward()
     assert torch.equal(x_start.grad != 0, target_mask.expand_as(x_start) & (x_start != 0))
     a = alphas_cumprod.float()[T].view(-1, 1, 1, 1)
@@ -97,7 +98,7 @@ def test_with_observed_only_nothing_else_gets_into_the_loss():
     masks = make_masks(torch.arange(4), 0, 16, config)
     for x in (x_start, torch.where(masks[0] | masks[1], x_start, 7.0)):
         net.zero_grad()
-        rest = masks, alphas_cumprod, config
+        rest = masks, None, alphas_cumprod, config
         loss = script.training_loss(net, net.fill, x, T, noise, *rest)
         loss.backward()
         losses.append([loss, *(p.grad for p in net.parameters())])
@@ -112,8 +113,8 @@ def test_observed_pixels_weigh_as_asked(cond_weight):
     x_start, noise = batch()
     cond_mask, target_mask = masks = make_masks(torch.arange(4), 0, 16, config)
     error = 1.0 * target_mask + 2.0 * cond_mask + 100.0 * ~(target_mask | cond_mask)
-    off = lambda x, t: x_start + error
-    rest = masks, script.make_schedule("cosine", 50), config
+    off = lambda x, t, labels: x_start + error
+    rest = masks, None, script.make_schedule("cosine", 50), config
     loss = script.training_loss(off, fill_with(), x_start, T, noise, *rest)
     expected = (1 + cond_weight * 4) / (1 + cond_weight)  # as many of the one as of the other
     assert loss.item() == pytest.approx(expected, rel=1e-4)
@@ -143,8 +144,8 @@ def test_a_perfect_network_has_no_loss(objective, observed_only):
     }[objective].float()
 
     def loss_of(out):
-        rest = masks, alphas_cumprod, config
-        return script.training_loss(lambda x, t: out, fill, x_start, T, noise, *rest)
+        rest = masks, None, alphas_cumprod, config
+        return script.training_loss(lambda x, t, labels: out, fill, x_start, T, noise, *rest)
 
     assert loss_of(perfect) < 1e-9
     assert loss_of(perfect + 1).item() == pytest.approx(1, rel=1e-4)
@@ -217,9 +218,8 @@ def closed_form(net, config):
     m, c = torch.zeros(SIDE**2).double(), torch.eye(SIDE**2).double()
     for t, (_, _, a, b, s) in zip(timesteps, table.double(), strict=True):
         gain, offset = net.of(t)
-        if config.enforce_observed:
-            gain[net.seen] = 0
-            offset[net.seen] = net.value
+        gain[net.seen] = 0
+        offset[net.seen] = net.value
         step = a * gain + b * torch.eye(SIDE**2)
         m, c = step @ m + a * offset, step @ c @ step.T + s**2 * torch.eye(SIDE**2)
     return m, c
@@ -542,15 +542,13 @@ def test_same_seed_same_image(sampler, eta, objective, observed_only, monkeypatc
 
 
 @pytest.mark.parametrize("objective", ["residual", "v"])
-def test_observed_pixels_are_kept_at_every_step_if_asked(objective):
+def test_observed_pixels_are_kept_at_every_step(objective):
     net, index = small_unet().eval(), torch.arange(4)
     cond_mask, _ = make_masks(index, 0, 16, make_config(script))
     cond = batch()[0] * cond_mask
-    kept, left = [], []
-    for enforced, steps in [(True, kept), (False, left)]:
-        config = make_config(script, enforce_observed=enforced, objective=objective)
-        steps += script.make_sampler(net, SHAPE, config)(index, cond, cond_mask)
-    assert len(kept) == len(left) == 10
+    config = make_config(script, objective=objective)
+    kept = list(script.make_sampler(net, SHAPE, config)(index, cond, cond_mask))
+    assert len(kept) == 10
     _, table = script.sampling_table(config)
     seen, x_t = cond_mask.expand_as(cond), fused_ddpm.seeded_normal(index, SHAPE)
     for (_, _, a, b, s), x in zip(table, kept, strict=True):  # as if the network had known them
@@ -558,7 +556,84 @@ def test_observed_pixels_are_kept_at_every_step_if_asked(objective):
         torch.testing.assert_close(x[seen], (a * cond + b * x_t)[seen], rtol=0, atol=1e-5)
         x_t = x
     assert torch.equal(kept[-1][seen], cond[seen])
-    assert ((left[-1] - cond).abs() * cond_mask).max() > 0.1
+
+
+# -- classes ---------------------------------------------------------------------------------------
+
+
+def told_classes(**changes):
+    config = make_config(script, class_labels=True, sample_steps=1, **changes)
+    torch.manual_seed(0)
+    net = away_from_zero(script.make_model(SHAPE, config, 10)).eval()
+    net.fill = fill_with()
+    return net, config
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_guidance_goes_on_from_the_null_class_through_the_class(sampler):
+    """One step returns x0_hat: that of w is null + w (class - null), and what is seen is kept."""
+    index, labels = torch.arange(4), torch.tensor([0, 3, 9, 3])
+    found = {}
+    for w in (0.0, 1.0, 3.0):
+        net, config = told_classes(guidance_scale=w, sampler=sampler)
+        mask, _ = make_masks(index, 0, 16, config)
+        cond = batch()[0] * mask
+        (found[w],) = script.make_sampler(net, SHAPE, config)(index, cond, mask, labels)
+        assert torch.equal(found[w][mask.expand_as(cond)], cond[mask.expand_as(cond)])
+    net, config = told_classes(sampler=sampler)
+    sample = script.make_sampler(net, SHAPE, config)
+    (null,) = sample(index, cond, mask, torch.full((4,), 10))
+    (without,) = sample(index, cond, mask)  # as fill_images.py asks, which knows no class
+    torch.testing.assert_close(found[0.0], null)
+    assert torch.equal(null, without) and (found[1.0] - null).abs().max() > 1e-3
+    inside = (found[3.0].abs() < 1) & (found[1.0].abs() < 1) & (null.abs() < 1)  # not clipped
+    assert inside.float().mean() > 0.5
+    expected = null + 3 * (found[1.0] - null)
+    torch.testing.assert_close(found[3.0][inside], expected[inside], rtol=0, atol=1e-5)
+
+
+def test_without_class_labels_a_label_says_nothing():
+    net, config, index = small_unet().eval(), make_config(script), torch.arange(4)
+    mask, _ = make_masks(index, 0, 16, config)
+    sample, cond = script.make_sampler(net, SHAPE, config), batch()[0] * mask
+    *_, one = sample(index, cond, mask, torch.tensor([0, 1, 2, 3]))
+    *_, other = sample(index, cond, mask)
+    assert torch.equal(one, other)
+
+
+def test_one_image_in_ten_is_trained_without_its_class(tmp_path, monkeypatch):
+    images, labels = load_images("shapes", image_size=16)
+    own = {to_float(x).numpy().tobytes(): int(y) for x, y in zip(images, labels, strict=True)}
+    seen = []
+
+    def record(model, fill, x_start, t, noise, masks, labels, *rest):
+        if model.training:
+            right = torch.tensor([own[x.numpy().tobytes()] for x in x_start])
+            assert ((labels == right) | (labels == 10)).all()
+            seen.append(labels)
+        return 1 + 0 * sum(p.sum() for p in model.parameters())
+
+    monkeypatch.setattr(script, "training_loss", record)
+    run(tmp_path, "--class-labels", "--steps", "40", "--sample-every", "99", "--save-every", "99")
+    dropped = (torch.cat(seen) == 10).float().mean().item()
+    assert abs(dropped - 0.1) < 4 * (0.1 * 0.9 / (40 * 16)) ** 0.5
+
+
+def test_a_run_with_classes_completes_images_as_each(tmp_path, capsys):
+    run(tmp_path / "run", "--class-labels", "--classes", "0,square,3")
+    history = read_json(tmp_path / "run/history.json")
+    assert "val_uncond_loss" in history and (tmp_path / "run/classes.png").exists()
+    checkpoint = str(tmp_path / "run/last.pt")
+    script.main(["--sample", checkpoint, "--guidance-scale", "3", "--out-dir", f"{tmp_path}/w"])
+    one, other = (np.load(tmp_path / x / "reconstructions.npz")["draws"] for x in ("run", "w"))
+    assert one.shape == other.shape and not np.array_equal(one, other)
+    model, config, _ = fill_images.load(checkpoint, "cpu", "off")
+    assert config.class_labels and model.null_class == 10
+    for flags in ("--classes", "1"), ("--guidance-scale", "2"):
+        line = exits_with(2, capsys, lambda flags=flags: run(tmp_path / "none", *flags))
+        assert line.endswith("--classes, --guidance-scale: need --class-labels")
+    line = exits_with(1, capsys, lambda: run(tmp_path / "none", "--class-labels", "--classes", "x"))
+    assert "'x' is none of the classes" in line and not (tmp_path / "none").exists()
 
 
 # -- whole runs ------------------------------------------------------------------------------------
@@ -574,6 +649,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     about = {"last.pt", "config.json", "history.json", "metrics.json"}
     assert files == pictures | arrays | about
     history = read_json(tmp_path / "run/history.json")
+    assert history.pop("final")["images"].keys() >= {"val", "test"}
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 80
     arrays = np.load(tmp_path / "run/reconstructions.npz")
     draws, truth = arrays["draws"], arrays["truth"]

@@ -170,6 +170,7 @@ def test_network_tells_classes_apart():
         other = net(x, t, torch.full((5,), label))
         torch.testing.assert_close(other[label], whole[label], rtol=0, atol=1e-5)
         assert all((other[i] - whole[i]).abs().max() > 1e-3 for i in range(5) if i != label)
+    assert torch.equal(net(x, t), other)  # None is the null class
 
 
 def test_every_class_gets_a_gradient():
@@ -181,6 +182,8 @@ def test_every_class_gets_a_gradient():
 
 
 def test_without_classes_there_is_no_table():
+    net, x, t = small_unet(), torch.randn(2, 3, 16, 16), torch.arange(2)
+    assert torch.equal(net(x, t, t), net(x, t))
     assert not any(name.startswith("classes") for name, _ in small_unet().named_parameters())
 
 
