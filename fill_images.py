@@ -199,7 +199,7 @@ def fill_all(files, out, loaded, flags, settings):
                 if seen < 1 and not (warned or 0.8 * low <= seen <= 1.25 * high):
                     warned, learnt = True, " to ".join(f"{x:.0%}" for x in config.sparsity)
                     bar.write(f"warning: {name} shows {seen:.0%} of its pixels, the checkpoint has "
-                              f"learnt from {learnt} (its --sparsity); others may, too")  # fmt: skip
+                              f"learnt from {learnt} by --sparsity; others may, too")  # fmt: skip
                 if seen < 1:
                     results = fill_file(picture, name, loaded, flags, bar.update)
                 save_results(target, key, picture, *results)
