@@ -181,6 +181,8 @@ def fill_all(files, out, loaded, flags, settings):
     _, config, _ = loaded
     done, how, failed, stems = [], Counter(), [], {out / "overview"}
     low, high, warned = config.sparsity[0], config.sparsity[-1], False
+    if config.observed_only:  # of what there was a quarter at least was kept to be scored
+        high /= 0.75
     bar = tqdm(total=len(files) * config.sample_steps, desc="filling", unit="step")
     for i, (path, name) in enumerate(files, 1):
         target = out / name
@@ -197,7 +199,7 @@ def fill_all(files, out, loaded, flags, settings):
                 if seen < 1 and not (warned or 0.8 * low <= seen <= 1.25 * high):
                     warned, learnt = True, " to ".join(f"{x:.0%}" for x in config.sparsity)
                     bar.write(f"warning: {name} shows {seen:.0%} of its pixels, the checkpoint has "
-                              f"learnt from {learnt}; other files may be like it")  # fmt: skip
+                              f"learnt from {learnt} by --sparsity; others may, too")  # fmt: skip
                 if seen < 1:
                     results = fill_file(picture, name, loaded, flags, bar.update)
                 save_results(target, key, picture, *results)

@@ -41,13 +41,15 @@ class Part:
 
     images: uint8, or float32 in [-1, 1] (N, C, H, W); labels: int64 (N,), -1 without classes.
     observed: bool (N, 1, H, W), or None if nothing is missing; images are 0 outside it. scale: of
-    float32, from the files' units.
+    float32, from the files' units. validation: how many at the front are to be held out, sharing no
+    pixel with the others; 0: any are as good.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     observed: torch.Tensor | None = None
     scale: Scale | None = None
+    validation: int = 0
 
     def __len__(self):
         return len(self.images)
@@ -201,7 +203,7 @@ def load_tiles(folder, size, train, missing, scale):
     """See load_folder."""
     files, _ = list_folder(folder)
     headers, channels, _ = survey(folder, missing)
-    places, own_scale, incomplete = plan_tiles(folder, size, missing)
+    places, own_scale, incomplete, validation = plan_tiles(folder, size, missing)
     scale = own_scale and (scale or own_scale)
     places = places[train]
     shape = len(places), channels, size, size
@@ -221,12 +223,14 @@ def load_tiles(folder, size, train, missing, scale):
     groups = itertools.groupby(range(len(places)), key=lambda n: places[n][0])
     read_all(cut, [list(numbers) for _, numbers in groups], at_once(headers))
     labels = torch.tensor([files[i][1] for i, _, _ in places])
-    return Part(images, labels, observed if incomplete else None, scale)
+    held_out = validation if train else 0
+    return Part(images, labels, observed if incomplete else None, scale, held_out)
 
 
 @functools.cache
 def plan_tiles(folder, size, missing):
-    """({train: [(file, y, x)]}, the Scale or None for bytes, whether pixels are missing)."""
+    """({train: [(file, y, x)]}, the Scale or None for bytes, whether pixels are missing, and how
+    many of those to train on are for validation; see Part)."""
     files, _ = list_folder(folder)
     headers, _, _ = survey(folder, missing)
     deep = headers[0].dtype != np.uint8
@@ -248,16 +252,26 @@ def plan_tiles(folder, size, missing):
 
     found = read_all(look, range(len(files)), at_once(headers))
     tiles = list(itertools.chain.from_iterable(found))
-    parts = split([files[tile.file][1] for tile in tiles])
-    parts = {train: [tiles[n] for n in numbers] for train, numbers in parts.items()}
-    parts[True] = apart(parts[True], parts[False], size)
+    parts = split_tiles(tiles, files, size)
+    validation = split_tiles(parts[True], files, size)
+    enough = len(validation[True]) > max(3 * HELD_OUT, len(parts[True]) // 2)
+    if enough:
+        parts[True] = validation[False] + validation[True]
     if len(parts[True]) < 2:
         few = f"{len(parts[True])} tiles of {size}x{size} that share no pixel with a test tile"
         cure = "at least 2 are needed: more or larger images, or a smaller --image-size"
         raise DataError(f"--data {folder}: gives {few}; {cure}")
     scale = Scale.of(np.concatenate([tile.some.ravel() for tile in parts[True]])) if deep else None
     places = {train: [tile[:3] for tile in part] for train, part in parts.items()}
-    return places, scale, not all(tile.complete for tile in tiles)
+    complete = all(tile.complete for tile in tiles)
+    return places, scale, not complete, len(validation[False]) if enough else 0
+
+
+def split_tiles(tiles, files, size):
+    """As split; to train on are those that share no pixel with the others."""
+    parts = split([files[tile.file][1] for tile in tiles])
+    parts = {train: [tiles[n] for n in numbers] for train, numbers in parts.items()}
+    return {True: apart(parts[True], parts[False], size), False: parts[False]}
 
 
 def apart(tiles, test, size):

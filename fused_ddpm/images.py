@@ -110,8 +110,9 @@ class Data:
         )
         if self.known:
             self._check(tuple(part.images.shape[1:]), part.scale)
-        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))
-        return part[order]  # folders come sorted by class
+        g, n = torch.Generator().manual_seed(0), part.validation
+        order = torch.randperm(n, generator=g), n + torch.randperm(len(part) - n, generator=g)
+        return replace(part[torch.cat(order)], validation=n)  # folders come sorted by class
 
     def _check(self, shape, scale):
         """The checkpoint's network is for images and classes like these."""
@@ -133,7 +134,7 @@ class Data:
     def _train(self):
         """(validation, training), two Parts."""
         part = self._read(train=True)
-        n = max(len(part) // 10, 1)
+        n = part.validation or max(len(part) // 10, 1)
         if len(part) - n < world():
             few = f"{len(part) - n} training images are too few for {world()} processes"
             raise UserError(f"--data {self.name}: {few}")
@@ -254,7 +255,7 @@ def load_part(
     if Path(name).is_dir() and name not in (*TORCHVISION, "shapes"):
         part = load_folder(Path(name), image_size, train, missing, crop, scale)
         if part.observed is not None and not incomplete:
-            who = "only sparse_ddpm.py and sparse_ddo.py learn from such images"
+            who = "only sparse_ddpm.py learns from such images"
             raise DataError(f"--data {name}: has missing pixels; {who}")
         return part
     if missing is not None or crop:

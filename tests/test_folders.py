@@ -75,6 +75,28 @@ def test_tiles_are_the_files_pixels(tmp_path):
     assert places[True] == apart
 
 
+def test_validation_tiles_share_no_pixel_with_those_trained_on(tmp_path):
+    """And are not mixed with them where images are shuffled; of few tiles any will do."""
+    y, x = np.mgrid[:200, :64]
+    save(tmp_path / "a.npy", (y / 4 + 100 * (x // 8)).astype(np.float32))  # two numbers in one
+    place = lambda tile, scale: divmod(scale.to_values(tile, np.float64)[0].min(), 100)
+    train, _ = both_parts(tmp_path, 16)
+    at = [place(tile, train.scale) for tile in train.images.numpy()]
+    assert len(train) // 12 <= train.validation <= len(train) // 5
+    for column, row in at[: train.validation]:
+        for c, r in at[train.validation :]:
+            assert abs(column - c) >= 2 or abs(row - r) >= 4 - 1e-3
+    data = Data(make_config(sparse_ddpm, data=str(tmp_path), image_size=16))
+    held_out = data.held_out_parts["val"].images
+    first = {tile.numpy().tobytes() for tile in train.images[: train.validation]}
+    assert {tile.numpy().tobytes() for tile in held_out} == first
+    assert len(data.images) == len(train) - train.validation
+    save(tmp_path / "a.npy", RNG.random((40, 20), np.float32))
+    for kept in (folders.list_folder, folders.survey, folders.plan_tiles):
+        kept.cache_clear()
+    assert both_parts(tmp_path, 16)[0].validation == 0
+
+
 def test_the_last_row_and_column_of_tiles_end_at_the_border_and_small_images_are_padded(tmp_path):
     for i in range(4):
         save(tmp_path / f"{i}.png", np.full((10, 20), 50 + i, np.uint8))
@@ -258,7 +280,7 @@ def test_a_checkpoints_scale_is_used(metres):
 def test_scripts_that_do_not_learn_from_incomplete_images_say_so(tmp_path):
     for i in range(3):
         save(tmp_path / f"{i}.png", holed())
-    said = r"has missing pixels; only sparse_ddpm.py and sparse_ddo.py learn from such images"
+    said = r"has missing pixels; only sparse_ddpm.py learns from such images"
     with pytest.raises(UserError, match=said):
         Data(make_config(ddpm, data=str(tmp_path))).shape  # noqa: B018
     with pytest.raises(UserError, match=said):
