@@ -97,7 +97,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 @dataclass
 class Sampling:  # how they are used: free
     sampler: str = flag("ddim", "ancestral sampling or DDIM", ["ddpm", "ddim"], full="ddpm")
-    sample_steps: int = flag(30, "network calls for an image, at most T", full=1000)
+    sample_steps: int = flag(40, "network calls for an image, at most T", full=1000)
     spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", full=1.0, within="[1, 4]")
     eta: float = flag(0.0, "noise of DDIM: 0 none, 1 as much as DDPM", within="[0, 1]")
     variance: str = flag("small", "of DDPM's steps: the posterior's, or beta", ["small", "large"])
