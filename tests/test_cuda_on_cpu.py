@@ -40,13 +40,8 @@ def as_cpp(text):
         r"alignas(16) static \1 \2[4096]; emulator::shared(\2, (\3) * sizeof *\2);",
         text,
     )
-    text = re.sub(
-        r"^constexpr (int.*;)",
-        lambda sizes: re.sub(r"(\w+) = (\d+)", r'\1 = emulator::setting("\1", \2)', sizes[0]),
-        text,
-        flags=re.M,
-    )
-    text = text.replace("constexpr int", "static const int")
+    text = re.sub(r"(?m)^constexpr (int\w* (THREADS|MAX_GRID_X) =)", r"static const \1", text)
+    text = re.sub(r"(THREADS|MAX_GRID_[XY]) = (\d+)", r'\1 = emulator::setting("\1", \2)', text)
     return text.replace("IMPL(fused_ddpm, CUDA", "IMPL(fused_ddpm, CPU")
 
 

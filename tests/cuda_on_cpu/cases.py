@@ -1,6 +1,7 @@
 """Run by test_cuda_on_cpu.py: cases.py LIBRARY [COUNT]. Random calls of the emulated kernels,
 against the reference in float64."""
 
+import ctypes
 import random
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from fused_ddpm import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Whole groups of four pixels and others; more than a block; more images than a small grid.
 SHAPES = [(3, 3, 8, 8), (2, 3, 20, 32), (2, 1, 28, 28), (3, 3, 7, 9), (2, 5, 4, 3), (1, 1, 1, 1)]
 SHAPES += [(9, 2, 4, 4), (7, 3, 2, 2), (1, 4, 16, 16)]
@@ -55,15 +55,31 @@ def loss_case():
     leaf = pred.double().requires_grad_()
     expected = ops.masked_loss_reference(leaf, target, *masks, 0.3, kind)
     (expected_grad,) = torch.autograd.grad(expected, leaf)
-    rest = target, *masks
-    loss, total = torch.ops.fused_ddpm.masked_loss(pred, *rest, 0.3, ops.LOSS_KINDS[kind])
+    rest = target, *masks, 0.3, ops.LOSS_KINDS[kind]
+    loss, grad = torch.ops.fused_ddpm.masked_loss(pred, *rest, True)
+    assert loss.dtype == grad.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    grad = torch.ops.fused_ddpm.masked_loss_backward(
-        torch.ones_like(loss), pred, *rest, total, 0.3, ops.LOSS_KINDS[kind]
-    )
-    torch.testing.assert_close(
-        grad.double(), expected_grad, rtol=ROUNDING.get(dtype, 1e-5), atol=1e-6
-    )
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-6)
+    alone, _ = torch.ops.fused_ddpm.masked_loss(pred, *rest, False)
+    assert torch.equal(alone, loss)
+
+
+def check_sectors(library):
+    """Colour images, a mask for each and the gradient: hardly more than has to be moved is asked
+    for, in either layout."""
+    counts, count = (ctypes.c_uint64 * 2)(), ctypes.CDLL(library).count_sectors
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(4, 3, 32, 32)
+        out = torch.randn(4, 3, 32, 32).bfloat16().contiguous(memory_format=layout)
+        count(counts)
+        ops.posterior_step(x, out, torch.tensor(ROWS), 0, torch.arange(4), out.clone())
+        count(counts)
+        asked, touched = counts
+        assert asked < 1.3 * touched, (layout, asked, touched)
+        torch.ops.fused_ddpm.masked_loss(out, x, x[:, :1] > 0, None, 0.05, 0, True)
+        count(counts)
+        asked, touched = counts
+        assert asked < 1.3 * touched, (layout, asked, touched)
 
 
 def main(library, count=400):
@@ -76,6 +92,7 @@ def main(library, count=400):
             random.choice([posterior_case, loss_case])()
         except Exception as error:
             raise SystemExit(f"case {i}: {error}") from error
+    check_sectors(library)
     try:  # a step outside the table, known on the device only
         one = torch.zeros(1, 1, 1, 1)
         ops.posterior_step(
