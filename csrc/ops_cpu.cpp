@@ -272,9 +272,10 @@ struct Weights {
 
   void fill(float* w, int64_t b, int64_t c, int64_t p, int64_t n) const {
     if (!target.defined()) return std::fill_n(w, n, 1.0f), void();
-    alignas(64) float seen[CHUNK] = {};
+    alignas(64) float seen[CHUNK];
     read(w, target, b, c, p, n);
-    if (cond.defined()) read(seen, cond, b, c, p, n);
+    if (!cond.defined()) std::fill_n(seen, n, 0.0f);
+    else read(seen, cond, b, c, p, n);
     weight_chunk(w, seen, cond_weight, n);
   }
 };
