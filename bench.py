@@ -132,7 +132,7 @@ def cases(shape, device):
     )
     return [
         ("posterior_step", *step_calls, 12 * n),
-        ("masked_loss", *loss_calls, 20 * n + 2 * mask_bytes),
+        ("masked_loss", *loss_calls, 12 * n + mask_bytes),
     ]
 
 

@@ -1,6 +1,6 @@
 // Shapes and strides, checked once for both backends.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <optional>
@@ -92,12 +92,6 @@ inline void check_masked_loss(
 
 inline at::ScalarType loss_dtype(const at::Tensor& pred) {
   return pred.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-inline void check_scalar(const at::Tensor& t, const at::Tensor& pred, const char* name) {
-  TORCH_CHECK_VALUE(
-      t.numel() == 1 && t.scalar_type() == loss_dtype(pred) && t.device() == pred.device(),
-      "masked_loss_backward: ", name, " must be one ", loss_dtype(pred), " on ", pred.device());
 }
 
 // A mask as the kernels read it: bytes, of which bool counts as 0 or 1, or float32.

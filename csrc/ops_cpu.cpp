@@ -1,11 +1,16 @@
 // CPU kernels: vectorised by the compiler over chunks that stay in the first-level cache, threaded over chunks.
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "ddpm_math.h"
@@ -112,31 +117,30 @@ DDPM_CLONES void posterior_chunk(
   for (int64_t i = 0; i < n; ++i) y[i] = posterior(x[i], out[i], z[i], k, limit);
 }
 
+// The sum of weighted distances and, unless grad is null, scale times the derivative of each.
 template <int64_t KIND, class T>
-DDPM_HD T loss_sum(const T* pred, const T* target, const float* w, int64_t n) {
+DDPM_HD T loss_sum(T* grad, const T* pred, const T* target, const float* w, T scale, int64_t n) {
   T sum = 0;
+  if (!grad) {
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += w[i] * distance<KIND>(pred[i] - target[i]);
+    for (int64_t i = 0; i < n; ++i) sum += w[i] * distance<KIND>(pred[i] - target[i]);
+    return sum;
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const T diff = pred[i] - target[i];
+    sum += w[i] * distance<KIND>(diff);
+    grad[i] = scale * w[i] * distance_grad<KIND>(diff);
+  }
   return sum;
 }
 
-template <int64_t KIND, class T>
-DDPM_HD void loss_grad(T* grad, const T* pred, const T* target, const float* w, T scale, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) grad[i] = scale * w[i] * distance_grad<KIND>(pred[i] - target[i]);
-}
-
 #define DDPM_LOSS_CHUNKS(T)                                                                                       \
-  DDPM_CLONES T loss_chunk(int64_t kind, const T* pred, const T* target, const float* w, int64_t n) {              \
-    if (kind == L2) return loss_sum<L2, T>(pred, target, w, n);                                                    \
-    if (kind == L1) return loss_sum<L1, T>(pred, target, w, n);                                                    \
-    return loss_sum<HUBER, T>(pred, target, w, n);                                                                 \
-  }                                                                                                                \
-  DDPM_CLONES void grad_chunk(                                                                                     \
+  DDPM_CLONES T loss_chunk(                                                                                        \
       int64_t kind, T* grad, const T* pred, const T* target, const float* w, T scale, int64_t n) {                 \
-    if (kind == L2) return loss_grad<L2, T>(grad, pred, target, w, scale, n);                                      \
-    if (kind == L1) return loss_grad<L1, T>(grad, pred, target, w, scale, n);                                      \
-    return loss_grad<HUBER, T>(grad, pred, target, w, scale, n);                                                   \
+    if (kind == L2) return loss_sum<L2, T>(grad, pred, target, w, scale, n);                                       \
+    if (kind == L1) return loss_sum<L1, T>(grad, pred, target, w, scale, n);                                       \
+    return loss_sum<HUBER, T>(grad, pred, target, w, scale, n);                                                    \
   }
 DDPM_LOSS_CHUNKS(float)
 DDPM_LOSS_CHUNKS(double)
@@ -268,19 +272,22 @@ struct Weights {
 
   void fill(float* w, int64_t b, int64_t c, int64_t p, int64_t n) const {
     if (!target.defined()) return std::fill_n(w, n, 1.0f), void();
-    alignas(64) float seen[CHUNK] = {};
+    alignas(64) float seen[CHUNK];
     read(w, target, b, c, p, n);
-    if (cond.defined()) read(seen, cond, b, c, p, n);
+    if (!cond.defined()) std::fill_n(seen, n, 0.0f);
+    else read(seen, cond, b, c, p, n);
     weight_chunk(w, seen, cond_weight, n);
   }
 };
+
+int64_t count_tasks(int64_t images, const Layout& at) { return images * ((at.pixels + CHUNK - 1) / CHUNK); }
 
 // Calls visit(task, b, c, p, n, w) for every run of n pixels of one channel; w is filled once for all channels
 // where the masks allow. One task is one pixel chunk of one image with all its channels.
 template <class Visit>
 void for_each_run(int64_t images, const Layout& at, const Weights& weights, const Visit& visit) {
   const int64_t chunks = (at.pixels + CHUNK - 1) / CHUNK;
-  at::parallel_for(0, images * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, count_tasks(images, at), CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
     alignas(64) float w[CHUNK];
     for (int64_t task = first; task < last; ++task) {
       const int64_t b = task / chunks, p = task % chunks * CHUNK, n = std::min(CHUNK, at.pixels - p);
@@ -292,73 +299,55 @@ void for_each_run(int64_t images, const Layout& at, const Weights& weights, cons
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
-    const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
-    const std::optional<at::Tensor>& cond_mask, double cond_weight, int64_t kind) {
-  check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
-  const LossViews views(pred_, target_.to(loss_dtype(pred_)), target_mask.has_value());
-  const auto& [pred, target, images, p_at, t_at] = views;
-  const Weights weights(target_mask, cond_mask, cond_weight);
-  double loss = 0, total = 0;
-  if (pred.numel() > 0) {
-    const int64_t image = p_at.channels * p_at.pixels, tasks = images * ((p_at.pixels + CHUNK - 1) / CHUNK);
-    // One partial sum a task, added up in order below: the same bits for any number of threads.
-    std::vector<double> losses(tasks, 0.0), totals(tasks, 0.0);
-    const double shared = weights.per_channel() ? 1 : p_at.channels;  // channels that one sum of weights stands for
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
-      using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-      const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
-      const acc_t* t_data = target.const_data_ptr<acc_t>();
-      for_each_run(views.images, views.p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
-        alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK];
-        const int64_t begin = c * p_at.pixels + p;
-        const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
-        const acc_t* ts = load(t_buffer, t_data + b * image, t_at, begin, n);
-        losses[task] += loss_chunk(kind, ps, ts, w, n);
-        if (c == 0 || weights.per_channel()) totals[task] += shared * sum_chunk(w, n);
-      });
-    });
-    for (int64_t i = 0; i < tasks; ++i) loss += losses[i], total += totals[i];
-  }
-  const auto options = pred.options().dtype(loss_dtype(pred));
-  return {at::scalar_tensor(loss / (total > 0 ? total : 1), options), at::scalar_tensor(total, options)};
+double sum_in_order(const std::vector<double>& parts) { return std::accumulate(parts.begin(), parts.end(), 0.0); }
+
+// The sum of all weights. It comes before the loss, so that the gradient can be written as it is.
+double total_weight(int64_t images, Layout at, const Weights& weights) {
+  if (!weights.target.defined()) return static_cast<double>(images * at.channels * at.pixels);
+  const double channels = weights.per_channel() ? 1 : std::exchange(at.channels, 1);  // that one mask stands for
+  std::vector<double> parts(count_tasks(images, at), 0.0);
+  for_each_run(images, at, weights, [&](int64_t task, int64_t, int64_t, int64_t, int64_t n, const float* w) {
+    parts[task] += sum_chunk(w, n);
+  });
+  return channels * sum_in_order(parts);
 }
 
-at::Tensor masked_loss_backward_cpu(
-    const at::Tensor& grad, const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
-    const std::optional<at::Tensor>& cond_mask, const at::Tensor& total, double cond_weight, int64_t kind) {
+std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
+    const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
+    const std::optional<at::Tensor>& cond_mask, double cond_weight, int64_t kind, bool gradient) {
   check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
-  check_scalar(grad, pred_, "grad");
-  check_scalar(total, pred_, "total");
   const LossViews views(pred_, target_.to(loss_dtype(pred_)), target_mask.has_value());
   const auto& [pred, target, images, p_at, t_at] = views;
+  const auto options = pred.options().dtype(loss_dtype(pred));
+  const at::Tensor grad = gradient ? at::empty_like(pred, options) : at::empty({0}, options);
+  if (pred.numel() == 0) return {at::scalar_tensor(0, options), grad};
   const Weights weights(target_mask, cond_mask, cond_weight);
-  const at::Tensor grad_pred = at::empty_like(pred);
-  if (pred.numel() == 0) return grad_pred;
-  const double sum = total.item<double>(), scale = grad.item<double>() / (sum > 0 ? sum : 1);
+  const double sum = total_weight(images, p_at, weights), total = sum > 0 ? sum : 1;
   const int64_t image = p_at.channels * p_at.pixels;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss_backward", [&] {
+  // One partial sum a task, added up in order below: the same bits for any number of threads.
+  std::vector<double> losses(count_tasks(images, p_at), 0.0);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
     using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
     const acc_t* t_data = target.const_data_ptr<acc_t>();
-    scalar_t* g_data = grad_pred.mutable_data_ptr<scalar_t>();
-    for_each_run(views.images, views.p_at, weights, [&](int64_t, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
+    acc_t* g_data = gradient ? grad.mutable_data_ptr<acc_t>() : nullptr;
+    const acc_t scale = static_cast<acc_t>(1 / total);
+    for_each_run(images, p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
       alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK], g_buffer[CHUNK];
       const int64_t begin = c * p_at.pixels + p;
       const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
       const acc_t* ts = load(t_buffer, t_data + b * image, t_at, begin, n);
-      acc_t* gs = destination(g_buffer, g_data + b * image, p_at, begin);
-      grad_chunk(kind, gs, ps, ts, w, static_cast<acc_t>(scale), n);
+      acc_t* gs = gradient ? destination(g_buffer, g_data + b * image, p_at, begin) : nullptr;
+      losses[task] += loss_chunk(kind, gs, ps, ts, w, scale, n);
       if (gs == g_buffer) store(g_data + b * image, gs, p_at, begin, n);
     });
   });
-  return grad_pred;
+  return {at::scalar_tensor(sum_in_order(losses) / total, options), grad};
 }
 
 TORCH_LIBRARY_IMPL(fused_ddpm, CPU, m) {
   m.impl("posterior_step", posterior_step_cpu);
   m.impl("masked_loss", masked_loss_cpu);
-  m.impl("masked_loss_backward", masked_loss_backward_cpu);
 }
 
 }  // namespace fused_ddpm

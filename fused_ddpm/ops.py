@@ -189,7 +189,7 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
     if not fused(pred.device):
         return masked_loss_reference(pred, target, target_mask, cond_mask, cond_weight, kind)
     loss, _ = torch.ops.fused_ddpm.masked_loss(
-        pred, target, target_mask, cond_mask, cond_weight, LOSS_KINDS[kind]
+        pred, target, target_mask, cond_mask, cond_weight, LOSS_KINDS[kind], False
     )
     return loss
 
@@ -208,18 +208,13 @@ def _register():
         return torch.empty_like(dense(x_t))
 
     @torch.library.register_fake("fused_ddpm::masked_loss")
-    def _(pred, target, target_mask, cond_mask, cond_weight, kind):
+    def _(pred, target, target_mask, cond_mask, cond_weight, kind, gradient):
         masks = dict(target_mask=target_mask, cond_mask=cond_mask)
         check_devices("masked_loss", pred, target=target, **masks)
         double = pred.dtype == torch.float64
-        scalar = pred.new_empty((), dtype=torch.float64 if double else torch.float32)
-        return scalar, torch.empty_like(scalar)
-
-    @torch.library.register_fake("fused_ddpm::masked_loss_backward")
-    def _(grad, pred, target, target_mask, cond_mask, total, cond_weight, kind):
-        others = dict(target_mask=target_mask, cond_mask=cond_mask, total=total, grad=grad)
-        check_devices("masked_loss_backward", pred, target=target, **others)
-        return torch.empty_like(dense(pred))
+        loss = pred.new_empty((), dtype=torch.float64 if double else torch.float32)
+        made = torch.empty_like(dense(pred), dtype=loss.dtype)
+        return loss, made if gradient else loss.new_empty(0)
 
 
 if BACKENDS:

@@ -1,9 +1,7 @@
 """Pictures: grids and sheets of images, and curves. Each returns what run.write can write."""
 
-import matplotlib
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 UNSEEN = torch.tensor([0.25, 0.3, 0.45]).view(1, 3, 1, 1)  # blue-grey
@@ -75,11 +73,18 @@ def rgb(images):
     return images[:, : 3 if images.shape[1] > 2 else 1].float().expand(-1, 3, -1, -1)
 
 
+def make_figure(width, height):
+    """A figure of width by height inches."""
+    from matplotlib.figure import Figure  # here, so that --help need not wait for it
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def draw_sheet(columns):
     """A column of images for each entry of {heading: float (N, C, H, W) in [0, 1]}."""
     sheet = torch.stack([F.pad(rgb(x), (1, 1, 1, 1), value=1.0) for x in columns.values()])
     k, n, _, h, w = sheet.shape
-    figure = Figure(figsize=(1.5 * k, 1.5 * n * h / w + 0.4), layout="constrained")
+    figure = make_figure(1.5 * k, 1.5 * n * h / w + 0.4)
     axis = figure.subplots()
     pixels = sheet.permute(1, 3, 0, 4, 2).reshape(n * h, k * w, 3)
     axis.imshow(pixels.numpy(), interpolation="nearest")
@@ -97,8 +102,10 @@ def show_seen(truth, mask):
 
 def show_heat(values):
     """(N, 1, H, W), from 0 to the largest of them all, in colours: (N, 3, H, W)."""
+    from matplotlib import colormaps
+
     shade = (values / values.max().clamp(min=1e-6))[:, 0].numpy()
-    colours = torch.from_numpy(matplotlib.colormaps["magma"](shade)[..., :3])
+    colours = torch.from_numpy(colormaps["magma"](shade)[..., :3])
     return colours.permute(0, 3, 1, 2).float()
 
 
@@ -131,7 +138,7 @@ def draw_reconstructions(found, intervals=None, rows=10):
 
 def draw_ranks(metrics):
     """The rank of the truth among the draws: flat if it is one of them."""
-    figure = Figure(figsize=(6, 3), layout="constrained")
+    figure = make_figure(6, 3)
     axis = figure.subplots()
     for name in ("calibration", "foreground"):
         if name in metrics:
@@ -145,7 +152,7 @@ def draw_ranks(metrics):
 
 def draw_losses(history):
     """The curves of a history: all its columns that end in _loss."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = make_figure(6, 4)
     axis = figure.subplots()
     for name, values in history.items():
         if name.endswith("_loss"):
