@@ -713,7 +713,7 @@ def test_a_run_learns_what_is_not_linear(tmp_path):
     --dim 16 --sample-steps 8 --num-draws 4 --num-samples 30 --no-baselines"""
     run(tmp_path / "run", "--data", str(tmp_path / "blobs"), *flags.split())
     history = read_json(tmp_path / "run/history.json")["val_loss"]
-    assert 0.9 < history[0] < 1.15 and history[-1] < 0.9 * history[0]  # from near 1, by design
+    assert 0.7 < history[0] < 1.15 and history[-1] < 0.9 * history[0]  # from near 1, by design
     metrics = read_json(tmp_path / "run/metrics.json")
     for found in (metrics, metrics["query"]):
         decibels = found["psnr"]
