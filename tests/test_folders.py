@@ -87,7 +87,7 @@ def test_validation_tiles_share_no_pixel_with_those_trained_on(tmp_path):
         for c, r in at[train.validation :]:
             assert abs(column - c) >= 2 or abs(row - r) >= 4 - 1e-3
     data = Data(make_config(sparse_ddpm, data=str(tmp_path), image_size=16))
-    held_out = data.held_out_parts["val"].images
+    held_out = data.held_out["val"][1].images
     first = {tile.numpy().tobytes() for tile in train.images[: train.validation]}
     assert {tile.numpy().tobytes() for tile in held_out} == first
     assert len(data.images) == len(train) - train.validation
