@@ -5,15 +5,15 @@ from fused_ddpm.metrics import evaluate, table
 from fused_ddpm.pictures import draw_ranks, draw_reconstructions
 
 
-def write_results(run, found, intervals=None, draws=None, regions=("unseen",)):
+def write_results(run, found, intervals=None, resized=None, regions=("unseen",)):
     """metrics.json, reconstructions.npz, samples.npy, pictures; the table is printed.
 
-    found: see evaluate. intervals: of the draws, if they are fitted to such. draws: on the grid of
-    the truth, where those found are on another. regions: of the printed tables.
+    found: see evaluate. intervals: of the draws, if they are fitted to such. resized: of those
+    found what is on another grid than the truth, on that of the truth. regions: of the printed tables.
     """
     if not run.leads:
         return
-    seen = found if draws is None else found | {"draws": draws}
+    seen = found | (resized or {})
     learnt, asked = run.config.sparsity, getattr(run.config, "test_sparsity", None)
     if asked and not learnt[0] <= asked <= learnt[-1]:
         run.say(f"warning: the network has learnt from {learnt} of the pixels, not from {asked}")
