@@ -39,26 +39,24 @@ Measured: TODO
 """
 
 import copy
-import functools
 import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from fused_ddpm import graphed, masked_loss, seeded_integers, seeded_normal, seeded_uniform
+from fused_ddpm import graphed, grids, masked_loss, seeded_integers, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
-from fused_ddpm.fno import FnoUnet, places_in_shells, prepare_to_compile, resize
+from fused_ddpm.fno import FnoUnet
+from fused_ddpm.grids import dct, gp_noise, idct, noise_scale, white_noise, with_modes
 from fused_ddpm.images import Data, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
 from fused_ddpm.metrics import Intervals
-from fused_ddpm.noise import FRACTION, MIRROR, STEP_NOISE, TIMESTEP, TRAIN_NOISE
+from fused_ddpm.noise import FRACTION, MIRROR, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
-from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_sheet, show_seen
-from fused_ddpm.points import LinearGuess, dct, idct, points_of, put_back, random_points
-from fused_ddpm.points import rasterize, set_convolution, with_modes
+from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_resolutions
+from fused_ddpm.points import LinearGuess, points_of, put_back, random_points
 from fused_ddpm.results import write_results
 from fused_ddpm.runs import Run
 
@@ -104,6 +102,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 class Sampling:  # how they are used: free
     image_size: int = flag(32, "side of the grid", within="[4, 4096]", later=False)
     sample_steps: int = flag(20, "network calls for an image", full=250)
+    spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", within="[1, 4]")
     eta: float = flag(0.0, "noise of a step: 0 none, 1 the posterior's", within="[0, 1]")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
@@ -117,11 +116,13 @@ class Config(RunConfig, Sampling, Training, Model):
         """(wrong, message) of what no flag shows by itself."""
         factor = 2 ** len(self.dim_mults)
         yield not self.dim_mults, "--dim-mults: needs one level at least"
-        yield self.image_size < self.modes, (
-            f"--image-size {self.image_size}: must be at least --modes, {self.modes}"
+        yield (
+            self.image_size < self.modes,
+            (f"--image-size {self.image_size}: must be at least --modes, {self.modes}"),
         )
-        yield self.blur_min > self.blur_max, (
-            f"--blur-min {self.blur_min}: must not exceed --blur-max, {self.blur_max}"
+        yield (
+            self.blur_min > self.blur_max,
+            (f"--blur-min {self.blur_min}: must not exceed --blur-max, {self.blur_max}"),
         )
         yield self.modes % factor, f"--modes {self.modes}: must be a multiple of {factor}"
         yield from check_masks(self)
@@ -148,40 +149,15 @@ def log_alpha(t, n, config):
 
 def sampling_table(n, config):
     """The time of each of S steps (S,), and what multiplies z_t, x and white noise, (S, n, n)."""
-    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64)
-    alpha, sigma = log_alpha(times, n, config).exp(), make_schedule(times, config)[1]
-    alpha[-1], sigma[-1] = 1, 0  # the last step ends at the clean image
-    alpha_t, alpha_s, sigma_t, sigma_s = (
-        x for of in (alpha, sigma[:, None, None]) for x in (of[:-1], of[1:])
-    )
-    w = (1 - (alpha_t / alpha_s * sigma_s / sigma_t) ** 2) * sigma_s**2
-    of_z = (sigma_s**2 - config.eta**2 * w).clamp(min=0).sqrt() / sigma_t
-    spread = config.eta * w.clamp(min=0).sqrt() * noise_scale(n, config.length_scale, "cpu")
-    rows = times[:-1], of_z, alpha_s - of_z * alpha_t, spread
+    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** config.spacing
+    log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
+    log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
+    alpha, alpha_ts = log.exp(), (log[:-1] - log[1:]).exp()
+    w = (1 - (alpha_ts * sigma[1:] / sigma[:-1]) ** 2) * sigma[1:] ** 2
+    of_z = (sigma[1:] ** 2 - config.eta**2 * w).clamp(min=0).sqrt() / sigma[:-1]
+    spread = config.eta * w.sqrt() * noise_scale(n, config.length_scale, "cpu")
+    rows = times[:-1], of_z, alpha[1:] - of_z * alpha[:-1], spread
     return [x.float().to(config.device) for x in rows]
-
-
-# --------------------------------------------------------------------------------------------------
-# Noise that is the same function on any grid.
-
-
-@functools.cache
-def noise_scale(n, length, device):
-    """Standard deviations (n, n) of the noise's modes: covariance exp(-(r / length)^2)."""
-    k = torch.arange(n, dtype=torch.float64)
-    spectrum = length * math.pi**0.5 * torch.exp(-((math.pi * k * length) ** 2) / 4)
-    return (n * (spectrum[:, None] * spectrum).sqrt()).float().to(device)
-
-
-def gp_noise(white, config):
-    """A Gaussian process (B, C, n, n) from white noise; of variance 1 inside, if resolved."""
-    return idct(noise_scale(white.shape[-1], config.length_scale, white.device) * white)
-
-
-def white_noise(seeds, channels, n, step, steps):
-    """Normals (B, channels, n, n), one a mode, for a step 0..steps: the same on any grid."""
-    white = seeded_normal(seeds, (n * n * channels,), STEP_NOISE, step, steps + 1)
-    return white[:, places_in_shells(n, channels, seeds.device)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,27 +171,18 @@ def q_sample(x_start, t, noise, config):
     return idct(alpha * dct(x_start)) + sigma.float()[:, None, None, None] * noise
 
 
-def see(model, points, n, config):
-    """(h, v, seen): all that the network is told about the points of functions on an n x n grid."""
-    h, v = model.guess(points)
-    if config.conditioning == "setconv":
-        return h, v, set_convolution(points, h.shape[-1])
-    return h, v, rasterize(points, n)  # for convolutions on pixels
-
-
 def predict(model, z_t, t, context, config):
     """(x, scale, f) on the grid of z_t; the loss of x is in units of scale.
 
-    context: see `see`, on the training grid of m x m pixels. Modes are divided by the grid's side.
+    context: of LinearGuess.see, h and v on the training grid. Modes are divided by the grid's side.
     """
-    (h, v, seen), n = context, z_t.shape[-1]
+    (h, V, v, seen), n = context, z_t.shape[-1]
     m = h.shape[-1]
     z, h_k = with_modes(dct(z_t) / n, m), dct(h) / m
     alpha = with_modes(log_alpha(t, min(n, m), config).exp().float(), m)[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
     # 1e-12: what float32 leaves of modes that hardly have noise.
     noise = (sigma * noise_scale(m, config.length_scale, z.device) / m) ** 2 + 1e-12
-    V = model.guess.mode_variance * v.mean((2, 3), keepdim=True)
     precision = 1 / V + alpha**2 / noise
     known, k = (h_k / V + alpha * z / noise) / precision, precision.rsqrt()
     news = idct((z - alpha * h_k) * (alpha**2 * V + noise).rsqrt())  # white, of size 1
@@ -227,15 +194,15 @@ def predict(model, z_t, t, context, config):
     if config.objective == "x0":
         known, k, scale = 0, 1 / m, 1
     elif config.objective == "eps":  # where alpha is nearly 0 that is but rounding
-        known, k, scale = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / m, 1))
+        known, k = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / m))
     x, f = (idct(with_modes(u, n)) * n for u in (known + k * out, out / m))
     return x, scale, f
 
 
-def training_loss(model, x_start, t, noise, masks, points, config):
+def training_loss(model, guess, x_start, t, noise, masks, points, config):
     """The loss of a batch (B, C, n, n) in [-1, 1]. t: (B,) in [0, 1]; masks: see make_masks."""
     z_t = q_sample(x_start, t, noise, config)
-    context = see(model, points, z_t.shape[-1], config)
+    context = guess.see(points, z_t.shape[-1], config.conditioning == "setconv")
     x, scale, f = predict(model, z_t, t, context, config)
     out, goal = (f, noise) if config.objective == "eps" else (x / scale, x_start / scale)
     where = masks[1] if config.loss_region == "query" else None
@@ -261,8 +228,8 @@ def make_sampler(model, channels, config):
 
     @torch.no_grad()
     def sample(seeds, points):
-        context = see(model, points, n, config)
-        z = gp_noise(white_noise(seeds, channels, n, 0, steps), config)
+        context = model.guess.see(points, n, config.conditioning == "setconv")
+        z = gp_noise(white_noise(seeds, channels, n, 0, steps), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)
             if config.enforce_observed and step + 1 == steps:
@@ -302,10 +269,10 @@ def held_out_losses(model, held_out, config):
     for part, (images, _) in held_out.items():
         index = torch.arange(len(images), device=images.device)
         t = torch.linspace(0, 1, len(images), device=images.device)
-        noise = gp_noise(seeded_normal(index, images.shape[1:]), config)
+        noise = gp_noise(seeded_normal(index, images.shape[1:]), config.length_scale)
         x_start, masks = to_float(images), masks_of(TEST_INDEX + index, images.shape[-1], config)
         points = points_of(x_start, masks[0])
-        loss = training_loss(model, x_start, t, noise, masks, points, config)
+        loss = training_loss(model, model.guess, x_start, t, noise, masks, points, config)
         losses[f"{part}_loss"] = loss
     return losses
 
@@ -323,20 +290,21 @@ def train(run, model, ema, data, config):
         x_start = to_float(data.images[index])
         masks = masks_of(index, x_start.shape[-1], config)
         start = seeded_uniform(run.step_key, TIMESTEP)
-        t = (start + run.places) % 1  # low discrepancy: evenly over the batch
-        noise = gp_noise(seeded_normal(keys, data.shape, TRAIN_NOISE), config)
+        # Low discrepancy; most near 0, as in sampling: the blur soon leaves z nothing to say.
+        t = ((start + run.places) % 1) ** 2
+        noise = gp_noise(seeded_normal(keys, data.shape, TRAIN_NOISE), config.length_scale)
         if config.flip:
             mirrored = seeded_integers(keys, 2, MIRROR).bool().view(-1, 1, 1, 1)
             x_start = torch.where(mirrored, x_start.flip(-1), x_start)
             masks = [torch.where(mirrored, mask.flip(-1), mask) for mask in masks]
         points = points_of(x_start, masks[0])
-        if step % OFF_GRID == OFF_GRID - 1:  # now and then anywhere, half as many to twice
+        if step % 8 == 7:  # of 8 steps one takes them anywhere, half as many to twice
             share = 2 ** (2 * seeded_uniform(run.step_key, FRACTION).item() - 1)
             points = random_points(x_start, keys, round(share * points.places.shape[1]))
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        loss = training_loss(network, x_start, t, noise, masks, points, config)
+        loss = training_loss(network, model.guess, x_start, t, noise, masks, points, config)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -354,19 +322,16 @@ def train(run, model, ema, data, config):
             run.save(step, model=model, ema=ema, optimizer=optimizer)
 
 
-OFF_GRID = 8  # of so many steps one takes its points anywhere
-
-
 def reconstruct(run, model, images, config, file=None):
     """K draws for each test image, uint8 (N, C, m, m), as a dict, values in [0, 1], on the CPU.
 
     truth: (N, C, m, m); cond_mask, target_mask: bool (N, 1, m, m); draws: (K, N, C, n, n) with
     n = config.image_size.
     """
-    count, channels, size, truth = len(images), images.shape[1], config.image_size, to_float(images)
-    num_draws, same = config.num_draws, size == images.shape[-1]
+    (count, channels, _, m), truth = images.shape, to_float(images)
+    size, num_draws = config.image_size, config.num_draws
     index = torch.arange(count, device=images.device)
-    cond_mask, target_mask = masks_of(TEST_INDEX + index, images.shape[-1], config)
+    cond_mask, target_mask = masks_of(TEST_INDEX + index, m, config)
     sample = make_sampler(model, channels, config)
     shape, depends_on = (channels, size, size), [*model.state_dict().values(), images]
     samples = run.samples(num_draws * count, shape, torch.float32, file, depends_on, scratch=True)
@@ -375,23 +340,12 @@ def reconstruct(run, model, images, config, file=None):
         seeds = run.seeds((draw << 20) + i)
         for z in sample(seeds, points_of(truth[i], cond_mask[i])):
             samples.tick()
-        if config.enforce_observed and same:  # to the last bit
+        if config.enforce_observed and size == m:  # to the last bit
             z = torch.where(cond_mask[i], truth[i], z)
         samples.put(jobs, to_unit(z))
     draws = samples.gather().unflatten(0, (num_draws, count))
     found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}
-
-
-def draw_resolutions(run, model, images, config):
-    """The same images, pixels and noise, reconstructed on three grids."""
-    m, columns = images.shape[-1], {}
-    for n in (m, m * 3 // 2, m * 2):
-        found = reconstruct(run, model, images, replace(config, image_size=n, num_draws=1))
-        columns[f"at {n}x{n}"] = found["draws"][0]
-    seen = show_seen(found["truth"], found["cond_mask"])
-    columns = {"original": found["truth"], "seen": seen} | columns
-    return draw_sheet({name: F.interpolate(x, size=6 * m) for name, x in columns.items()})
 
 
 def make_model(shape, config):
@@ -408,7 +362,7 @@ def main(argv=None):
         torch.manual_seed(config.seed)  # of the first weights
         model = make_model(data.shape, config)
         if config.compile:
-            prepare_to_compile()
+            grids.prepare_to_compile()
         ema = copy.deepcopy(model).requires_grad_(False).eval()
         ema.guess = model.guess
         run.introduce(model, data)
@@ -428,12 +382,13 @@ def main(argv=None):
         found = reconstruct(run, ema, images, config, file="draws.npy")
         once = replace(config, sample_steps=1, num_draws=1)  # from noise: the posterior mean
         found["regression"] = reconstruct(run, ema, images, once)["draws"][0]
-        run.write("resolutions.png", draw_resolutions(run, ema, data.test(6), config))
+        few, m, on = data.test(6), data.shape[-1], {}
+        for n in (m, m * 3 // 2, m * 2):  # the same images, points and noise
+            on[n] = reconstruct(run, ema, few, replace(config, image_size=n, num_draws=1))
+        run.write("resolutions.png", draw_resolutions(on))
         found |= baselines(found, data, config, ema.guess.linear)
-        names, m = ("draws", "regression"), data.shape[-1]  # on another grid
-        seen = {name: resize(found[name].flatten(0, -4), m).view(*found[name].shape[:-2], m, m) for name in names}
         intervals = ema.intervals if ema.intervals.fit_to(config) else None
-        write_results(run, found, intervals, seen, regions=("unseen", "query"))
+        write_results(run, found, intervals, regions=("unseen", "query"))
 
 
 if __name__ == "__main__":

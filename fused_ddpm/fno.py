@@ -6,62 +6,14 @@ belong to a grid, so as in convolutional neural operators (Raonic et al. 2023, a
 is done on one grid, that of the training images, whatever the grids of input and output are.
 """
 
-import functools
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused_ddpm.points import WIDTHS, dct_matrix
+from fused_ddpm import grids
+from fused_ddpm.grids import along_both, dct_matrix, resize
+from fused_ddpm.points import WIDTHS
 from fused_ddpm.unet import TimeEmbedding, group_norm, zero
-
-
-@functools.cache
-def resize_matrix(size, n, device):
-    """(n, size): values at `size` pixel centres to those at n, by the cosine modes of both."""
-    k = min(size, n)
-    matrix = dct_matrix(n, "cpu")[:k].double().T @ dct_matrix(size, "cpu")[:k].double()
-    return (matrix * (n / size) ** 0.5).float().to(device)
-
-
-@functools.cache
-def places_in_shells(n, channels, device):
-    """Places of modes (k1, k2), (channels, n, n), if they are listed by max(k1, k2).
-
-    A finer grid only adds to that list, so a mode draws the same numbers on any grid.
-    """
-    k1, k2 = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    shell = torch.maximum(k1, k2)
-    place = shell**2 + torch.where(k1 == shell, k2, shell + 1 + k1)
-    return (channels * place + torch.arange(channels)[:, None, None]).to(device)
-
-
-def cached(make, *args):
-    return make(*args)
-
-
-def prepare_to_compile():
-    """Else torch.compile makes the matrices anew in each call. It takes seconds, so only then."""
-    global cached
-    cached = torch.compiler.assume_constant_result(cached)
-
-
-def along_both(matrix, x):
-    """matrix (m, n) on rows and columns of x (B, C, n, n), in channels-last memory: (B, C, m, m)."""
-    B, C, n, _ = x.shape
-    m = len(matrix)
-    x = matrix @ x.permute(0, 2, 3, 1).reshape(B, n, n * C)  # (B, m, n C)
-    x = matrix @ x.view(B * m, n, C)
-    return x.view(B, m, m, C).permute(0, 3, 1, 2)
-
-
-def resize(x, n):
-    """Band-limited resampling (B, C, size, size) -> (B, C, n, n)."""
-    if x.shape[-1] == n:
-        return x
-    matrix = cached(resize_matrix, x.shape[-1], n, x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        return along_both(matrix, x.float())
 
 
 class SpectralConv(nn.Module):
@@ -80,7 +32,7 @@ class SpectralConv(nn.Module):
 
     def forward(self, x):
         modes = self.weight.shape[-1]
-        waves = cached(dct_matrix, x.shape[-1], x.device)[:modes]
+        waves = grids.cached(dct_matrix, x.shape[-1], x.device)[:modes]
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for this
             h = along_both(waves, x.float()).flatten(2).permute(2, 0, 1)  # (modes^2, B, in)
             h = h @ self.weight.flatten(2).permute(2, 1, 0)  # (modes^2, B, out)
@@ -109,7 +61,7 @@ class Block(nn.Module):
 class FnoUnet(nn.Module):
     """x (B, in_channels, n, n), t (B,) in [0, 1], seen -> (B, C, n, n).
 
-    n is the side of the training images. seen: what `see` in sparse_ddo.py makes of the points; of
+    n is the side of the training images. seen: what LinearGuess.see makes of the points; of
     the conditionings "encoder" and "concat" an image (B, C + 1, m, m), 0 where nothing is seen. It
     reaches the network by way of its pixels: another grid m is another function. shape: (C, n, n).
     config: dim, dim_mults, num_blocks, modes, conditioning; see sparse_ddo.py.

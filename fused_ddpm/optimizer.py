@@ -13,11 +13,10 @@ def make_optimizer(model, config):
     options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adam":
         return torch.optim.AdamW(model.parameters(), **options)
-    kernels = [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, SpectralConv)) and not name.startswith(("stem", "lift", "out"))
-    ]
+    kernels, kinds = [], (nn.Conv2d, SpectralConv)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and not name.startswith(("stem", "lift", "out")):
+            kernels.append(module.weight)
     others = [p for p in model.parameters() if all(p is not kernel for kernel in kernels)]
     return Muon([{"params": others}, {"params": kernels, "momentum": 0.95}], **options)
 

@@ -1,15 +1,14 @@
 """Observations as a list of points: a function seen at any places of the unit square.
 
-A grid of n x n pixels is a function too, that of the n x n cosine modes through its pixel centres.
+Nothing here is tied to a grid, but for `rasterize`.
 """
 
-import functools
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
+from fused_ddpm.grids import cosines, dct, dct_matrix, resize
 from fused_ddpm.images import to_float
 from fused_ddpm.linear import LARGEST_SIDE, LinearFill
 from fused_ddpm.masks import make_masks
@@ -28,38 +27,6 @@ class Points(NamedTuple):
     places: torch.Tensor
     values: torch.Tensor
     there: torch.Tensor
-
-
-# -- Functions on a grid ---------------------------------------------------------------------------
-
-
-def cosines(places, n):
-    """The orthonormal cosine modes (..., n) of a grid of n pixels at places (...) in [0, 1]."""
-    k = torch.arange(n, device=places.device, dtype=places.dtype)
-    return torch.cos(math.pi * k * places[..., None]) * torch.where(k == 0, 1 / n, 2 / n).sqrt()
-
-
-@functools.cache
-def dct_matrix(n, device):
-    """The orthonormal DCT-II: its rows are cosines. At these sizes two products beat an FFT."""
-    return cosines((torch.arange(n, dtype=torch.float64) + 0.5) / n, n).T.float().to(device)
-
-
-def dct(x):
-    """Cosine coefficients (..., n, n) of images (..., n, n), proportional to n."""
-    matrix = dct_matrix(x.shape[-1], x.device)
-    return matrix @ x @ matrix.T
-
-
-def idct(u):
-    matrix = dct_matrix(u.shape[-1], u.device)
-    return matrix.T @ u @ matrix
-
-
-def with_modes(u, n):
-    """Coefficients (..., m, m) as (..., n, n): cut, or zeros beside them."""
-    more = n - u.shape[-1]
-    return nn.functional.pad(u, (0, more, 0, more))
 
 
 # -- Points ----------------------------------------------------------------------------------------
@@ -175,15 +142,12 @@ class LinearGuess(nn.Module):
         def read(i):
             return to_float(data.images[i])
 
-        def lowest(x):
-            return x if side == n else idct(with_modes(dct(x), side)) * (side / n)
-
         x = read(some)
-        masks = make_masks(some, 0, side, config)
-        batches = ((lowest(read(i)), None) for i in rest[: 2**26 // n**2].split(4096))
-        self.linear.fit(batches, (lowest(x), *masks))
-        self.linear.measure(lowest(x), *masks)
-        self.rest.copy_((x.square().mean() - lowest(x).square().mean()).clamp(min=0))
+        lowest, masks = resize(x, side), make_masks(some, 0, side, config)
+        batches = ((resize(read(i), side), None) for i in rest[: 2**26 // n**2].split(4096))
+        self.linear.fit(batches, (lowest, *masks))
+        self.linear.measure(lowest, *masks)
+        self.rest.copy_((x.square().mean() - lowest.square().mean()).clamp(min=0))
         mask, _ = make_masks(some, 0, n, config)
         square, mean = 0, 0
         for part, seen in zip(x.split(64), mask.split(64), strict=True):
@@ -218,6 +182,17 @@ class LinearGuess(nn.Module):
         v = (K.diagonal() - half.square().sum(1)).clamp(min=1e-5) + self.rest
         v = v.view(-1, 1, side, side)
         if side < n:
-            h = idct(with_modes(dct(h), n)) * (n / side)
+            h = resize(h, n)
             v = nn.functional.interpolate(v, size=n, mode="bilinear")
         return h, v
+
+    def see(self, points, n, as_points=True):
+        """(h, V, v, seen): all that a network is told about points of functions on an n x n grid.
+
+        V: (B, 1, m, m), of the modes. seen: of set_convolution on the m x m grid of h; or where a
+        network wants pixels, of `rasterize` on the n x n grid.
+        """
+        h, v = self(points)
+        V = self.mode_variance * v.mean((2, 3), keepdim=True)
+        seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, n)
+        return h, V, v, seen
