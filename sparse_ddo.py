@@ -21,16 +21,18 @@ sigma e. Weighted by their precisions they give the guess g, of precision P_k:
     P_k = 1 / V_k + alpha_k^2 / N_k,    g_k = (h_k / V_k + alpha_k z_k / N_k) / P_k
     x_k = g_k + f_k / sqrt(P_k)         so that f has to be white noise or so at every t
 
-A mode's coefficients, divided by the side of the grid, are the same numbers on any grid that holds
-it, and h is a function. So g is one, and x is: f is made of the modes of the training grid. A finer
-grid adds modes of which no training image says anything, and x has none of them. On a coarser one
-z says nothing of the modes beyond it, alpha_k = 0. Nothing is divided by alpha_k.
+A mode's coefficients, divided by the side of the grid, are the same on any grid that holds it, and
+h is a function; so g is one, and x, whose f is made of the modes of the training grid. A finer grid
+adds modes of which no training image says anything: x has none of them. On a coarser one z says
+nothing of the modes beyond it, alpha_k = 0. Nothing is divided by alpha_k.
 
-A step t -> s, with alpha_ts = alpha_t / alpha_s and v = sigma_t^2 - alpha_ts^2 sigma_s^2, is that
-of DDIM (Song et al. 2021) in each mode; eta = 1 draws from the posterior of z_s given x and z_t:
+A step t -> s is that of DDIM (Song et al. 2021) for x - g, and exact for the linear rest, whose
+spread few steps would narrow. With D = alpha^2 V + N, the variance of z around alpha h,
 
-    z_s = alpha_s x + sqrt(sigma_s^2 - eta^2 w) (z_t - alpha_t x) / sigma_t + eta sqrt(w) e'
-    w = v sigma_s^2 / sigma_t^2
+    z_s = alpha_s h + sqrt((D_s - w) / D_t) (z_t - alpha_t h) + c (x - g) + sqrt(w) e'
+    c = alpha_s - alpha_t sqrt((N_s - w) / N_t)
+
+where w is eta^2 of the variance that the posterior of z_s given x and z_t has.
 
     python sparse_ddo.py                                                     # train, reconstruct
     python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
@@ -53,7 +55,7 @@ from fused_ddpm.grids import dct, gp_noise, idct, noise_scale, white_noise, with
 from fused_ddpm.images import Data, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
 from fused_ddpm.metrics import Intervals
-from fused_ddpm.noise import FRACTION, MIRROR, TIMESTEP, TRAIN_NOISE, seeded_uniform
+from fused_ddpm.noise import MIRROR, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_resolutions
 from fused_ddpm.points import LinearGuess, points_of, put_back, random_points
@@ -148,20 +150,22 @@ def log_alpha(t, n, config):
 
 
 def sampling_table(n, config):
-    """The time of each of S steps (S,), and what multiplies z_t, x and white noise, (S, n, n)."""
+    """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
     times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** config.spacing
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
-    alpha, alpha_ts = log.exp(), (log[:-1] - log[1:]).exp()
-    w = (1 - (alpha_ts * sigma[1:] / sigma[:-1]) ** 2) * sigma[1:] ** 2
-    of_z = (sigma[1:] ** 2 - config.eta**2 * w).clamp(min=0).sqrt() / sigma[:-1]
-    spread = config.eta * w.sqrt() * noise_scale(n, config.length_scale, "cpu")
-    rows = times[:-1], of_z, alpha[1:] - of_z * alpha[:-1], spread
+    alpha, kept = log.exp(), (log[:-1] - log[1:]).exp() * sigma[1:] / sigma[:-1]
+    w = config.eta**2 * sigma[1:] ** 2 * (1 - kept**2)
+    c = alpha[1:] - alpha[:-1] * (sigma[1:] ** 2 - w).clamp(min=0).sqrt() / sigma[:-1]
+    scale = noise_scale(n, config.length_scale, "cpu").double() / n
+    rows = times[:-1], alpha, (sigma * scale) ** 2, c, w.sqrt() * scale
     return [x.float().to(config.device) for x in rows]
 
 
 # --------------------------------------------------------------------------------------------------
 # Diffusion.
+
+ROUNDING = 1e-12  # a variance: float32 leaves as much to modes that hardly have noise
 
 
 def q_sample(x_start, t, noise, config):
@@ -181,8 +185,7 @@ def predict(model, z_t, t, context, config):
     z, h_k = with_modes(dct(z_t) / n, m), dct(h) / m
     alpha = with_modes(log_alpha(t, min(n, m), config).exp().float(), m)[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
-    # 1e-12: what float32 leaves of modes that hardly have noise.
-    noise = (sigma * noise_scale(m, config.length_scale, z.device) / m) ** 2 + 1e-12
+    noise = (sigma * noise_scale(m, config.length_scale, z.device) / m) ** 2 + ROUNDING
     precision = 1 / V + alpha**2 / noise
     known, k = (h_k / V + alpha * z / noise) / precision, precision.rsqrt()
     news = idct((z - alpha * h_k) * (alpha**2 * V + noise).rsqrt())  # white, of size 1
@@ -216,15 +219,22 @@ def make_sampler(model, channels, config):
     points alone.
     """
     n, steps = config.image_size, config.sample_steps
-    times, of_z, of_x, spread = sampling_table(n, config)
+    times, alpha, N, c, spread = sampling_table(n, config)
 
     @graphed  # on a GPU one launch a step, network and all
     def reverse_step(z, step, seeds, *context):
         x, _, _ = predict(model, z, times[step].expand(len(z)), context, config)
-        z = of_z[step] * dct(z) + of_x[step] * dct(x.clamp(-1, 1))
+        if steps == 1:  # from noise: the posterior mean
+            return x
+        h, V = (with_modes(u, n) for u in (dct(context[0]) / len(context[0][0, 0]), context[1]))
+        D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
+        off = dct(z) / n - alpha[step] * h
+        g = h + alpha[step] * V / D_t * off
+        z = alpha[step + 1] * h + ((D_s - spread[step] ** 2) / D_t).sqrt() * off
+        z = z + c[step] * (dct(x.clamp(-1, 1)) / n - g)
         if config.eta:
             z = z + spread[step] * white_noise(seeds, channels, n, step + 1, steps)
-        return idct(z)
+        return idct(z) * n
 
     @torch.no_grad()
     def sample(seeds, points):
@@ -298,9 +308,8 @@ def train(run, model, ema, data, config):
             x_start = torch.where(mirrored, x_start.flip(-1), x_start)
             masks = [torch.where(mirrored, mask.flip(-1), mask) for mask in masks]
         points = points_of(x_start, masks[0])
-        if step % 8 == 7:  # of 8 steps one takes them anywhere, half as many to twice
-            share = 2 ** (2 * seeded_uniform(run.step_key, FRACTION).item() - 1)
-            points = random_points(x_start, keys, round(share * points.places.shape[1]))
+        if step % 8 == 7:  # now and then anywhere, half as many to twice
+            points = random_points(x_start, keys, points.there.shape[1], run.step_key)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -315,8 +324,8 @@ def train(run, model, ema, data, config):
         if run.reports(step):  # with saving, the only time the host waits for the device
             run.report(step, **held_out_losses(ema, data.held_out, config))
         if run.draws(step):
-            few = replace(config, num_draws=2)
-            found = reconstruct(run, ema, data.held_out["val"][0][:8], few)
+            val = data.held_out["val"][0][:8]
+            found = reconstruct(run, ema, val, replace(config, num_draws=2))
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
         if run.saves(step):  # also when told to stop
             run.save(step, model=model, ema=ema, optimizer=optimizer)
@@ -380,7 +389,7 @@ def main(argv=None):
             ema.compile()
         images = data.test(config.num_samples)
         found = reconstruct(run, ema, images, config, file="draws.npy")
-        once = replace(config, sample_steps=1, num_draws=1)  # from noise: the posterior mean
+        once = replace(config, sample_steps=1, num_draws=1)
         found["regression"] = reconstruct(run, ema, images, once)["draws"][0]
         few, m, on = data.test(6), data.shape[-1], {}
         for n in (m, m * 3 // 2, m * 2):  # the same images, points and noise

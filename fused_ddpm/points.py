@@ -12,7 +12,7 @@ from fused_ddpm.grids import cosines, dct, dct_matrix, resize
 from fused_ddpm.images import to_float
 from fused_ddpm.linear import LARGEST_SIDE, LinearFill
 from fused_ddpm.masks import make_masks
-from fused_ddpm.noise import POINTS, random_words
+from fused_ddpm.noise import FRACTION, POINTS, random_words, seeded_uniform
 
 WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
 NUGGET = 1e-4  # added to variances of what is enforced
@@ -43,8 +43,10 @@ def points_of(x, mask):
     return Points(places, values * there[:, None], there)
 
 
-def random_points(x, keys, count):
-    """`count` points of each of the functions x (B, C, n, n), anywhere."""
+def random_points(x, keys, count, key=None):
+    """`count` points of each of the functions x (B, C, n, n), anywhere; by a key half to twice."""
+    if key is not None:
+        count = round(count * 2 ** (2 * seeded_uniform(key, FRACTION).item() - 1))
     words = random_words(keys, 2 * count, 0, POINTS)
     places = ((words >> 8).to(x.dtype) * 2**-24).view(-1, count, 2)
     return Points(places, at_points(x, places), torch.ones_like(places[..., 0], dtype=torch.bool))
