@@ -118,14 +118,10 @@ class Config(RunConfig, Sampling, Training, Model):
         """(wrong, message) of what no flag shows by itself."""
         factor = 2 ** len(self.dim_mults)
         yield not self.dim_mults, "--dim-mults: needs one level at least"
-        yield (
-            self.image_size < self.modes,
-            (f"--image-size {self.image_size}: must be at least --modes, {self.modes}"),
-        )
-        yield (
-            self.blur_min > self.blur_max,
-            (f"--blur-min {self.blur_min}: must not exceed --blur-max, {self.blur_max}"),
-        )
+        small = f"--image-size {self.image_size}: must be at least --modes, {self.modes}"
+        yield self.image_size < self.modes, small
+        blur = f"--blur-min {self.blur_min}: must not exceed --blur-max, {self.blur_max}"
+        yield self.blur_min > self.blur_max, blur
         yield self.modes % factor, f"--modes {self.modes}: must be a multiple of {factor}"
         yield from check_masks(self)
 
@@ -232,9 +228,8 @@ def make_sampler(model, channels, config):
         g = h + alpha[step] * V / D_t * off
         z = alpha[step + 1] * h + ((D_s - spread[step] ** 2) / D_t).sqrt() * off
         z = z + c[step] * (dct(x.clamp(-1, 1)) / n - g)
-        if config.eta:
-            z = z + spread[step] * white_noise(seeds, channels, n, step + 1, steps)
-        return idct(z) * n
+        noise = white_noise(seeds, channels, n, step + 1, steps) if config.eta else 0
+        return idct(z + spread[step] * noise) * n
 
     @torch.no_grad()
     def sample(seeds, points):
@@ -389,11 +384,11 @@ def main(argv=None):
             ema.compile()
         images = data.test(config.num_samples)
         found = reconstruct(run, ema, images, config, file="draws.npy")
-        once = replace(config, sample_steps=1, num_draws=1)
-        found["regression"] = reconstruct(run, ema, images, once)["draws"][0]
-        few, m, on = data.test(6), data.shape[-1], {}
+        once, m, on = replace(config, num_draws=1), data.shape[-1], {}
+        mean = reconstruct(run, ema, images, replace(once, sample_steps=1))
+        found["regression"] = mean["draws"][0]
         for n in (m, m * 3 // 2, m * 2):  # the same images, points and noise
-            on[n] = reconstruct(run, ema, few, replace(config, image_size=n, num_draws=1))
+            on[n] = reconstruct(run, ema, data.test(6), replace(once, image_size=n))
         run.write("resolutions.png", draw_resolutions(on))
         found |= baselines(found, data, config, ema.guess.linear)
         intervals = ema.intervals if ema.intervals.fit_to(config) else None
