@@ -226,8 +226,8 @@ def make_sampler(model, channels, config):
         D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
         off = dct(z) / n - alpha[step] * h
         g = h + alpha[step] * V / D_t * off
-        z = alpha[step + 1] * h + ((D_s - spread[step] ** 2) / D_t).sqrt() * off
-        z = z + c[step] * (dct(x.clamp(-1, 1)) / n - g)
+        kept = ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt()
+        z = alpha[step + 1] * h + kept * off + c[step] * (dct(x.clamp(-1, 1)) / n - g)
         noise = white_noise(seeds, channels, n, step + 1, steps) if config.eta else 0
         return idct(z + spread[step] * noise) * n
 
