@@ -10,8 +10,7 @@ cosine transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
     e: a Gaussian process with covariance exp(-(r / l)^2), mirrored at the edges
 
 e is no white noise, which is no function; its variance is 1 inside, 2 at an edge, 4 in a corner.
-The blur is a Gaussian of s / pi image widths (blurring diffusion: Hoogeboom & Salimans 2022,
-arXiv 2209.05557).
+The blur is a Gaussian of s / pi image widths (Hoogeboom & Salimans 2022, arXiv 2209.05557).
 
 The network, an FNO U-Net, predicts the residual to the best linear guess, as in sparse_ddpm.py, but
 mode by mode. The points alone give a guess h by the covariance of the training images (kriging; see
@@ -37,7 +36,8 @@ where w is eta^2 of the variance that the posterior of z_s given x and z_t has.
     python sparse_ddo.py                                                     # train, reconstruct
     python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
 
-Measured: TODO
+Measured, on Fashion-MNIST, 256 test images, unseen pixels, after 1,500 steps: the mean of 8 draws
+has 19.4 dB, one call 19.7, the best linear method 18.8. See docs/function_space.md.
 """
 
 import copy
@@ -89,7 +89,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
-    steps: int | None = flag(1200, "optimizer steps", full=None, later=True)
+    steps: int | None = flag(1500, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=100, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
     optimizer: str = flag("muon", "see optimizer.py", ["muon", "adam"], full="adam")
