@@ -13,9 +13,8 @@ must move at the bandwidth of a large copy.
 Scripts: each runs as a user would run it, in a process of its own, with a clock in its training
 loop and its sampler: medians a step, the peak memory of the whole process (of the device, on a
 GPU), the share of sampling spent outside the network, and the floor of a sampling step: its FLOPs
-at the rate of a large matrix product (loose for sparse_ddo.py, whose complex products count as real
-ones). Growth: the same of ddpm.py, with more images, larger ones, more channels. Startup: from
-nothing to the help, and to the first training step.
+at the rate of a large matrix product. Growth: the same of ddpm.py, with more images, larger ones,
+more channels. Startup: from nothing to the help, and to the first training step.
 
 Peers (denoising-diffusion-pytorch, diffusers; pip install -e '.[peers]') get the same batch, image
 size and precision, and the width that comes nearest in parameters. They and ddpm.py take turns, in

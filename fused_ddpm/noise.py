@@ -10,6 +10,7 @@ import torch
 STEP_NOISE, START_NOISE, MASK_KEYS = 0, 1, 2  # of sampling, and of masks
 TRAIN_NOISE, TIMESTEP, MIRROR, DROP = 3, 4, 5, 6  # of a training step
 FRACTION, PATTERN, HIDDEN, PARTS = 7, 8, 9, 10  # of masks
+POINTS = 11  # places of points
 
 LOW = 0xFFFFFFFF
 

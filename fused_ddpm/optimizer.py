@@ -3,6 +3,8 @@
 import torch
 import torch.nn as nn
 
+from fused_ddpm.fno import SpectralConv
+
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of Jordan et al.: five times takes (0.01, 1] to about 1
 
 
@@ -11,11 +13,10 @@ def make_optimizer(model, config):
     options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adam":
         return torch.optim.AdamW(model.parameters(), **options)
-    kernels = [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and not name.startswith(("stem", "lift", "out"))
-    ]
+    kernels, kinds = [], (nn.Conv2d, SpectralConv)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds) and not name.startswith(("stem", "lift", "out")):
+            kernels.append(module.weight)
     others = [p for p in model.parameters() if all(p is not kernel for kernel in kernels)]
     return Muon([{"params": others}, {"params": kernels, "momentum": 0.95}], **options)
 

@@ -136,6 +136,14 @@ def draw_reconstructions(found, intervals=None, rows=10):
     return draw_sheet(columns)
 
 
+def draw_resolutions(grids):
+    """Of each image a draw on several grids. grids: {n: what a script's reconstruct found}."""
+    found = grids[min(grids)]
+    columns = {"original": found["truth"], "seen": show_seen(found["truth"], found["cond_mask"])}
+    columns |= {f"at {n}x{n}": found["draws"][0] for n, found in grids.items()}
+    return draw_sheet({name: F.interpolate(x, size=3 * max(grids)) for name, x in columns.items()})
+
+
 def draw_ranks(metrics):
     """The rank of the truth among the draws: flat if it is one of them."""
     figure = make_figure(6, 3)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from fused_ddpm.grids import resize
 from fused_ddpm.images import as_file, to_unit
 from fused_ddpm.metrics import evaluate, table
 from fused_ddpm.pictures import draw_ranks, draw_reconstructions, draw_sheet, show_seen
@@ -25,15 +26,18 @@ def draw_each(run, model, sample, inputs, shape, config, file=None, parts=1):
     return samples.gather().unflatten(0, (config.num_draws, n))
 
 
-def write_results(run, found, intervals=None, draws=None, regions=("unseen",)):
+def write_results(run, found, intervals=None, regions=("unseen",)):
     """metrics.json, reconstructions.npz, samples.npy, pictures; the table is printed.
 
-    found: see evaluate. intervals: of the draws, if they are fitted to such. draws: on the grid of
-    the truth, where those found are on another. regions: of the printed tables.
+    found: see evaluate. intervals: of the draws, if they are fitted to such. What is on
+    another grid than the truth is measured on that of the truth. regions: of the printed tables.
     """
     if not run.leads:
         return
-    seen = found if draws is None else found | {"draws": draws}
+    side = found["truth"].shape[-1]
+    other = {name: x for name, x in found.items() if x.shape[-1] != side}
+    seen = found | {name: resize(x.flatten(0, -4), side).contiguous() for name, x in other.items()}
+    seen["draws"] = seen["draws"].view(*found["draws"].shape[:3], side, side)
     learnt, asked = run.config.sparsity, getattr(run.config, "test_sparsity", None)
     if asked and not learnt[0] <= asked <= learnt[-1]:
         run.say(f"warning: the network has learnt from {learnt} of the pixels, not from {asked}")

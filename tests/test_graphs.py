@@ -14,7 +14,7 @@ import cfg_ddpm
 import ddpm
 import sparse_ddo
 import sparse_ddpm
-from fused_ddpm import graphed, graphs, linear, ops, posterior_step, seeded_normal
+from fused_ddpm import graphed, graphs, linear, ops, points, posterior_step, seeded_normal
 from fused_ddpm.fno import FnoUnet
 from fused_ddpm.folders import Part
 from fused_ddpm.runs import Run
@@ -265,7 +265,9 @@ def test_a_failed_capture_warns_and_goes_on_step_by_step(captures, monkeypatch):
 
 def network(script, config):
     if script is sparse_ddo:
-        return FnoUnet(3, config)
+        net = FnoUnet(10, (3, 16, 16), config)  # make_model's, as below
+        net.guess = points.LinearGuess((3, 16, 16), 0.1)
+        return net
     if script is cfg_ddpm:
         return Unet(3, 3, config, num_classes=4)
     if script is sparse_ddpm:
@@ -283,6 +285,12 @@ def attentive(script, **changes):
     return make_config(script, **unet | dict(batch_size=4, sample_steps=5) | changes)
 
 
+def scattered(x, *_):
+    """The same ten points of each image."""
+    places = torch.linspace(0.05, 0.95, 20, device=x.device).view(1, 10, 2).expand(len(x), -1, -1)
+    return points.Points(places, x[:, :, 0, :10], torch.ones_like(places[..., 0]) > 0)
+
+
 def sampler_and_inputs(script, net, config):
     """(sample, its inputs for seeds 0..3)."""
     device, size = config.device, config.image_size
@@ -295,6 +303,8 @@ def sampler_and_inputs(script, net, config):
     mask[:, :, ::2] = False
     images = torch.full((4, 3, size, size), 0.25, device=device) * mask
     more = {ddpm: (), cfg_ddpm: (labels,)}.get(script, (images, mask))
+    if script is sparse_ddo:
+        more = (scattered(images),)
     return sample, (seeds, *more)
 
 
@@ -324,6 +334,11 @@ class NoGpu:
         self.held_out = {"val": (torch.arange(4, device=device), self.train[:4])}
 
 
+def a_guess(guess, seen):
+    h = seen.values[..., :1, None].expand(-1, -1, 16, 16)
+    return h, torch.ones_like(h[:, :1])
+
+
 @contextlib.contextmanager
 def a_gpu_of_shapes(monkeypatch):
     """Tensors on "cuda" without values; reading one on the host is an error."""
@@ -331,6 +346,10 @@ def a_gpu_of_shapes(monkeypatch):
     monkeypatch.setattr(graphs, "_capture", lambda body, device: body)
     monkeypatch.setattr(linear, "LARGEST_SIDE", 0)  # kriging asks how many pixels are seen
     monkeypatch.setattr(linear.LinearFill, "learn", lambda *args: None)
+    # Nor is it known how many points there are, and whether they are on the grid.
+    monkeypatch.setattr(sparse_ddo, "points_of", scattered)
+    monkeypatch.setattr(points.LinearGuess, "learn", lambda *args: None)
+    monkeypatch.setattr(points.LinearGuess, "forward", a_guess)
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 

@@ -142,7 +142,7 @@ def test_interrupted_sampling_goes_on_where_it_stopped(script, tmp_path, monkeyp
     most, calls = math.inf, []
     capsys.readouterr()
     script.main([*flags, str(tmp_path / "parts")])
-    batches = {ddpm: 5, sparse_ddo: 10 + 3 * 2}[script]  # with the pictures on three grids
+    batches = {ddpm: 5, sparse_ddo: 10 + 5 + 3 * 2}[script]  # regression, pictures on three grids
     assert len(calls) == batches - 3 and "12 of" in capsys.readouterr().out
     for path in (tmp_path / "whole").iterdir():
         if path.suffix in (".npy", ".npz"):

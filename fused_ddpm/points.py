@@ -1,0 +1,200 @@
+"""Observations as a list of points: a function seen at any places of the unit square.
+
+Nothing here is tied to a grid, but for `rasterize`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from fused_ddpm.grids import cosines, dct, dct_matrix, resize
+from fused_ddpm.images import to_float
+from fused_ddpm.linear import LARGEST_SIDE, LinearFill
+from fused_ddpm.masks import make_masks
+from fused_ddpm.noise import FRACTION, POINTS, random_words, seeded_uniform
+
+WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
+NUGGET = 1e-4  # added to variances of what is enforced
+
+
+class Points(NamedTuple):
+    """places: (B, P, 2), row and column in [0, 1]; values: (B, C, P); there: bool (B, P).
+
+    Images need not have equally many: what is not there is read nowhere.
+    """
+
+    places: torch.Tensor
+    values: torch.Tensor
+    there: torch.Tensor
+
+
+# -- Points ----------------------------------------------------------------------------------------
+
+
+def points_of(x, mask):
+    """The pixels of images x (B, C, n, n) where mask, bool (B, 1, n, n), is set."""
+    n, seen = x.shape[-1], mask.flatten(1)
+    there, o = seen.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    most = int(seen.sum(1).max())
+    there, o = there[:, :most].bool(), o[:, :most]
+    places = torch.stack([o // n, o % n], dim=2).to(x.dtype).add(0.5) / n
+    values = x.flatten(2).gather(2, o[:, None].expand(-1, x.shape[1], -1))
+    return Points(places, values * there[:, None], there)
+
+
+def random_points(x, keys, count, key=None):
+    """`count` points of each of the functions x (B, C, n, n), anywhere; by a key half to twice."""
+    if key is not None:
+        count = round(count * 2 ** (2 * seeded_uniform(key, FRACTION).item() - 1))
+    words = random_words(keys, 2 * count, 0, POINTS)
+    places = ((words >> 8).to(x.dtype) * 2**-24).view(-1, count, 2)
+    return Points(places, at_points(x, places), torch.ones_like(places[..., 0], dtype=torch.bool))
+
+
+def at_points(x, places):
+    """Values (B, C, P) of functions x (B, C, n, n) at places (B, P, 2)."""
+    waves, u = cosines(places, x.shape[-1]), dct(x)
+    along = waves[:, None, :, 0] @ u  # (B, C, P, n)
+    return (along * waves[:, None, :, 1]).sum(-1)
+
+
+def set_convolution(points, n):
+    """(B, len(WIDTHS) (1 + C), n, n): Gordon et al. 2020 (ConvCNP), an operation on functions.
+
+    For each width the density sum_j phi(u - u_j), phi a Gaussian, and the values' mean weighted
+    with it, at the pixel centres u of any grid.
+    """
+    places, values, there = points
+    centre = (torch.arange(n, device=places.device, dtype=places.dtype) + 0.5) / n
+    off, channels = centre[:, None, None] - places[:, None], []  # (B, n, P, 2)
+    for width in WIDTHS:
+        row, column = torch.exp(-0.5 * (off / width) ** 2).unbind(3)
+        row = row * there[:, None]
+        density = (row @ column.mT)[:, None]
+        sums = (row[:, None] * values[:, :, None]) @ column[:, None].mT
+        channels += [density, sums / (density + 0.1)]
+    return torch.cat(channels, dim=1)
+
+
+def rasterize(points, n):
+    """(B, C + 1, n, n): each point in the pixel that holds it, and a mask; elsewhere 0.
+
+    What convolutions on pixels need. It moves points by up to half a pixel, and on another grid it
+    is another function.
+    """
+    places, values, there = points
+    pixel = (places * n).long().clamp(0, n - 1)
+    pixel = torch.where(there, pixel[..., 0] * n + pixel[..., 1], n * n)  # one beyond the end
+    given = torch.cat([values, there[:, None].to(values.dtype)], dim=1)
+    image = values.new_zeros(*given.shape[:2], n * n + 1)
+    image.scatter_(2, pixel[:, None].expand_as(given), given)
+    return image[:, :, :-1].unflatten(2, (n, n))
+
+
+def put_back(x, points, length):
+    """x (B, C, n, n) changed, as little as the kernel exp(-(r / length)^2) can, so that it has the
+    values of the points: x + K(., O) (K(O, O) + NUGGET)^-1 (y - x(O))."""
+    (places, values, there), n = points, x.shape[-1]
+    both = there[:, :, None] & there[:, None]
+    square = (places[:, :, None] - places[:, None]).square().sum(3)
+    among = torch.exp(-square / length**2) * both
+    among = among + NUGGET * torch.eye(places.shape[1], device=x.device)
+    off = (values - at_points(x, places)) * there[:, None]
+    weights = torch.linalg.solve(among, off.mT).mT  # (B, C, P)
+    centre = (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5) / n
+    row, column = torch.exp(-(((centre[:, None, None] - places[:, None]) / length) ** 2)).unbind(3)
+    return x + (row[:, None] * weights[:, :, None]) @ column[:, None].mT
+
+
+# -- The best linear guess -------------------------------------------------------------------------
+
+
+class LinearGuess(nn.Module):
+    """The best linear guess of a function from points of it: kriging with the images' covariance.
+
+    The training images are functions of s x s cosine modes. So are their mean m and covariance K:
+    with b(u) the row of s^2 numbers that takes pixels to the value at a place u, K(u, u') =
+    b(u) K b(u')^T, whatever u and u'. That gives at any place, and so on any grid,
+
+        h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O)),    v(u) = K(u, u) - K(u, O) K(O, O)^-1 K(O, u)
+
+    of which the pixels of the s x s grid hold all there is. Its error x - h is taken to be
+    uncorrelated between modes. mode_variance is measured on training images, in units of the
+    mean of v, which tells of how many points there are and where.
+    """
+
+    def __init__(self, shape, fraction):
+        """shape: (C, n, n) of the images; of those wider than LARGEST_SIDE the lowest modes."""
+        super().__init__()
+        (channels, n, _), self.fraction = shape, fraction
+        side = min(n, LARGEST_SIDE)
+        self.linear = LinearFill((channels, side, side), fraction)
+        self.register_buffer("rest", torch.tensor(0.0))  # variance of the modes above
+        self.register_buffer("mode_variance", torch.ones(n, n) / n**2)
+
+    @torch.no_grad()
+    def learn(self, data, config):
+        """From the training images."""
+        index, n = torch.arange(len(data.images), device=config.device), data.shape[-1]
+        side = len(self.linear.mean[0])
+        few = min(2**22 // n**2, max(len(index) // 8, 16))
+        some, rest = index[:few], index[few:] if len(index) > few else index
+
+        def read(i):
+            return to_float(data.images[i])
+
+        x = read(some)
+        lowest, masks = resize(x, side), make_masks(some, 0, side, config)
+        batches = ((resize(read(i), side), None) for i in rest[: 2**26 // n**2].split(4096))
+        self.linear.fit(batches, (lowest, *masks))
+        self.linear.measure(lowest, *masks)
+        self.rest.copy_((x.square().mean() - lowest.square().mean()).clamp(min=0))
+        mask, _ = make_masks(some, 0, n, config)
+        square, mean = 0, 0
+        for part, seen in zip(x.split(64), mask.split(64), strict=True):
+            filled, variance = self(points_of(part, seen))
+            square = square + (dct(part - filled) / n).square().mean(1).sum(0)
+            mean = mean + variance.mean((1, 2, 3)).sum()
+        around = square + 1e-6 * square.mean()
+        self.mode_variance.copy_(around / mean)
+
+    def forward(self, points):
+        """(h, v), (B, C, n, n) and (B, 1, n, n)."""
+        (places, values, there), n = points, len(self.mode_variance)
+        mean, K = self.linear.mean.flatten(1), self.linear.covariance
+        side, whole = len(self.linear.mean[0]), torch.eye(places.shape[1], device=K.device)
+        at = places * side - 0.5
+        pixel = at.round()
+        if (at - pixel).abs().max() < 1e-3:  # on the grid: rows of K, and no product with it
+            o = (pixel[..., 0] * side + pixel[..., 1]).long()
+            cross, among, middle = K[o], K[o[:, :, None], o[:, None]], mean[:, o].transpose(0, 1)
+        else:
+            waves = cosines(places, side) @ dct_matrix(side, K.device)
+            b = (waves[..., 0, :, None] * waves[..., 1, None, :]).flatten(2)
+            cross = b @ K  # (B, P, s^2)
+            among, middle = cross @ b.mT, mean @ b.mT
+        both = there[:, :, None] & there[:, None]
+        among = torch.where(both, among, 0) + (self.rest + 1e-6 + ~there[:, :, None]) * whole
+        cross, off = cross * there[:, :, None], (values - middle) * there[:, None]
+        factor = torch.linalg.cholesky_ex(among)[0]
+        inverse = torch.linalg.solve_triangular(factor, whole.expand_as(factor), upper=False)
+        half = inverse @ cross
+        h = ((inverse @ off.mT).mT @ half + mean).unflatten(2, (side, side))
+        v = (K.diagonal() - half.square().sum(1)).clamp(min=1e-5) + self.rest
+        v = v.view(-1, 1, side, side)
+        if side < n:
+            h = resize(h, n)
+            v = nn.functional.interpolate(v, size=n, mode="bilinear")
+        return h, v
+
+    def see(self, points, n, as_points=True):
+        """(h, V, v, seen): all that a network is told about points of functions on an n x n grid.
+
+        V: (B, 1, m, m), of the modes. seen: of set_convolution on the m x m grid of h; or where a
+        network wants pixels, of `rasterize` on the n x n grid.
+        """
+        h, v = self(points)
+        V = self.mode_variance * v.mean((2, 3), keepdim=True)
+        seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, n)
+        return h, V, v, seen
