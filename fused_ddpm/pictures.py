@@ -55,14 +55,19 @@ def draw_columns(columns, rows=()):
 
 def draw_of_any_size(columns, rows=(), side=128):
     """The same of {heading: [float (1, 3, H, W) in [0, 1]]}, the longer side of each at most so."""
-    longest = max(max(image.shape[-2:]) for images in columns.values() for image in images)
-    side = min(side, longest)
+    sizes = [image.shape[-2:] for images in columns.values() for image in images]
+    side = min(side, max(map(max, sizes)))
+
+    def shrunk(h, w):
+        return tuple(max(round(n * side / max(h, w)), 1) for n in (h, w))
+
+    height, width = (max(shrunk(*size)[i] for size in sizes) for i in (0, 1))
 
     def fit(image):
-        h, w = (max(round(n * side / max(image.shape[-2:])), 1) for n in image.shape[-2:])
+        h, w = shrunk(*image.shape[-2:])
         mode = "area" if h <= image.shape[-2] else "nearest"
         image = F.interpolate(image, (h, w), mode=mode)
-        return F.pad(image, (0, side - w, 0, side - h), value=1.0)
+        return F.pad(image, (0, width - w, 0, height - h), value=1.0)
 
     sheets = {name: torch.cat([fit(image) for image in images]) for name, images in columns.items()}
     return draw_columns({name: (255 * x).round().byte() for name, x in sheets.items()}, rows)

@@ -172,10 +172,14 @@ def test_all_of_them_can_be_written(tmp_path, device):
 def test_images_of_any_size_share_a_sheet():
     small, wide = torch.zeros(1, 3, 5, 10), torch.full((1, 3, 100, 200), 0.5)
     sheet = pictures.draw_of_any_size({"a": [small, wide], "b": [wide, small]}, side=50)
-    assert sheet.size == (2 * 3 * 52, 30 + 2 * 3 * 52)
-    pixels = np.asarray(sheet)[30:].reshape(2, 52, 3, 2, 52, 3, 3)[:, 1:51, 1, :, 1:51, 1]
-    black, grey = pixels[0, :25, 0], pixels[0, :25, 1]
-    assert (black == 0).all() and (grey == 128).all() and (pixels[:, 25:] == 255).all()
+    assert sheet.size == (2 * 3 * 52, 30 + 2 * 3 * 27)  # as high as the highest, no square
+    pixels = np.asarray(sheet)[30:].reshape(2, 27, 3, 2, 52, 3, 3)[:, 1:26, 1, :, 1:51, 1]
+    assert (pixels[0, :, 0] == 0).all() and (pixels[0, :, 1] == 128).all()
+    high = torch.zeros(1, 3, 40, 10)
+    sheet = pictures.draw_of_any_size({"a": [small, high]}, side=50)
+    pixels = np.asarray(sheet)[30:].reshape(2, 42, 3, 42, 3, 3)[:, 1:41, 1, 1:41, 1]
+    assert (pixels[0, :20] == 0).all() and (pixels[0, 20:] == 255).all()
+    assert (pixels[1, :, :10] == 0).all() and (pixels[1, :, 10:] == 255).all()
 
 
 def test_two_and_four_channels_are_shown_too():
