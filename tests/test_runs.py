@@ -46,7 +46,7 @@ def stop_after(script, monkeypatch, step, number=signal.SIGTERM):
     def update_and_stop(ema, model, at, decay):
         update(ema, model, at, decay)
         if at + 1 == step:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     monkeypatch.setattr(script, "update_ema", update_and_stop)
 
@@ -109,7 +109,7 @@ def test_losses_between_reports_survive_a_stop(tmp_path, monkeypatch):
 def test_a_signal_outside_training_ends_the_run_at_once(tmp_path):
     with pytest.raises(SystemExit, match=r"^ddpm.py: interrupted$"):
         with Run(ddpm.Config, ["--device", "cpu", "--out-dir", str(tmp_path)]):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             pytest.fail("went on")
     assert not any(tmp_path.iterdir())
 
@@ -128,7 +128,7 @@ def test_interrupted_sampling_goes_on_where_it_stopped(script, tmp_path, monkeyp
         def count_or_stop(*inputs):
             calls.append(1)
             if len(calls) > most:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
             return sample(*inputs)
 
         return count_or_stop
@@ -576,16 +576,16 @@ def test_a_second_signal_ends_the_run_at_once(tiny_run, monkeypatch):
             run.training = True
             for later in (0, 0.2, 0.7):  # torchrun passes on what the terminal has sent already
                 now[0] = 100 + later
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             assert len(run.signals) == 3
             now[0] += 1.1
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             pytest.fail("went on")
 
 
 def test_a_signal_while_the_checkpoint_is_read(tmp_path, monkeypatch):
     def slow(*args):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(runs, "read_command_line", slow)
     with pytest.raises(SystemExit, match=r"^ddpm.py: interrupted$"):
