@@ -22,8 +22,8 @@ class LinearFill(nn.Module):
 
     Its exact variance would cost more than the network. How much the seen pixels say of a pixel,
     each by itself, orders pixels nearly as well; what that means in squared error is a table,
-    measured on training images. All is kept in the checkpoint. Images wider than LARGEST_SIDE are
-    filled by set_convolution instead, whose density takes that part.
+    measured on training images that m and K are not of. All is kept in the checkpoint. Images wider
+    than LARGEST_SIDE are filled by set_convolution instead, whose density takes that part.
     """
 
     def __init__(self, shape, fraction, bins=16):
