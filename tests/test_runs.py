@@ -588,9 +588,13 @@ def test_a_signal_while_the_checkpoint_is_read(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(runs, "read_command_line", slow)
-    with pytest.raises(SystemExit, match=r"^ddpm.py: interrupted$"):
-        with Run(ddpm.Config, ["--sample", "x.pt"]):
-            pytest.fail("started")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # "&" of a shell ignores it
+    try:
+        with pytest.raises(SystemExit, match=r"^ddpm.py: interrupted$"):
+            with Run(ddpm.Config, ["--sample", "x.pt"]):
+                pytest.fail("started")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_log_that_is_full_or_not_utf8_stops_nothing(tmp_path):
