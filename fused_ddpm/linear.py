@@ -42,9 +42,8 @@ class LinearFill(nn.Module):
 
     def learn(self, run, data, config):
         """Mean and covariance of most of the training images; how far off it is, of the others."""
-        index, size = torch.arange(len(data.images), device=config.device), config.image_size
-        few = min(2**22 // size**2, max(len(index) // 8, 16))
-        some, rest = index[:few], index[few:] if len(index) > few else index
+        some, rest = set_apart(data)
+        size = config.image_size
 
         def read(i):
             return observe(data.train[i], run.seeds(i), config.observed_only)
@@ -53,8 +52,7 @@ class LinearFill(nn.Module):
             return x, *make_masks(run.seeds(some), 0, size, config, observed)
 
         x, observed = read(some)
-        batches = (read(i) for i in rest[: 2**26 // size**2].split(4096))
-        self.fit(batches, held_out(replace(config, mask_pattern="random")))
+        self.fit(map(read, rest), held_out(replace(config, mask_pattern="random")))
         if "learned" in config.mask_pattern:
             run.write("mask.npy", telling_order(self.covariance).view(size, size).numpy())
             wait()
@@ -86,8 +84,9 @@ class LinearFill(nn.Module):
             return
         mean, least = mean.flatten(1), math.inf
         off = squares - mean.T @ mean / len(mean) * both
+        typical = by_distance(off, both, *self.mean.shape[1:])
         for prior in PRIORS if held_out else PRIORS[:1]:
-            self.covariance.copy_(shrunk(off, both, prior, *self.mean.shape[1:]))
+            self.covariance.copy_(shrunk(off, both, typical, prior))
             error = self._errors(*(x[:512] for x in held_out))[0].mean() if held_out else 0
             if not error >= least:  # nor where there is none, nothing being scored
                 least, best = error, self.covariance.clone()
@@ -170,8 +169,19 @@ RIDGE = 1e-4  # added to variances: no pixel is known better than that
 SHARP = 3  # how much more the most telling one of the seen pixels counts
 
 
-def shrunk(off, count, prior, h, w):
-    """The covariance (h w, h w) from sums of products and how many there were of each."""
+def set_apart(data):
+    """(index, batches of indices), int64: of a few training images to judge with, of the others."""
+    index, pixels = torch.arange(len(data.images), device=data.images.device), data.shape[-1] ** 2
+    few = min(2**22 // pixels, max(len(index) // 8, 16))
+    rest = index[few:] if len(index) > few else index
+    return index[:few], rest[: 2**26 // pixels].split(4096)
+
+
+def by_distance(off, count, h, w):
+    """A covariance (h w, h w) of the distance alone: each the mean over all pairs at the same.
+
+    off, count: sums of products, and how many there were of each.
+    """
     place = torch.arange(h * w, device=off.device)
     row, column = place // w, place % w
     down, right = row[:, None] - row, column[:, None] - column
@@ -181,12 +191,17 @@ def shrunk(off, count, prior, h, w):
     for total, values in zip(of_pair, (off, count), strict=True):
         total.index_add_(0, pair.flatten(), values.flatten().double())
     typical = (of_pair[0] / of_pair[1].clamp(min=1)).to(off.dtype)[pair]
-    typical = typical * (1 - down.abs() / h) * (1 - right.abs() / w)  # so it is a covariance
+    return typical * (1 - down.abs() / h) * (1 - right.abs() / w)  # so it is a covariance
+
+
+def shrunk(off, count, typical, prior):
+    """The covariance from sums of products, as if `prior` more of each had been typical."""
+    count = torch.as_tensor(count, dtype=off.dtype, device=off.device)
     K = (off + prior * typical) / (count + prior)
     if count.min() < count.max():  # each entry from other images: make it a covariance again
         values, vectors = torch.linalg.eigh(K.double())
         K = ((vectors * values.clamp(min=0)) @ vectors.T).to(off.dtype)
-    return K + RIDGE * torch.eye(h * w, device=off.device)
+    return K + RIDGE * torch.eye(len(K), device=off.device)
 
 
 def telling_order(covariance, count=None):

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from fused_ddpm.grids import cosines, dct, dct_matrix, resize
 from fused_ddpm.images import to_float
-from fused_ddpm.linear import LARGEST_SIDE, LinearFill
+from fused_ddpm.linear import LARGEST_SIDE, LinearFill, set_apart
 from fused_ddpm.masks import make_masks
 from fused_ddpm.noise import FRACTION, POINTS, random_words, seeded_uniform
 
@@ -136,18 +136,15 @@ class LinearGuess(nn.Module):
     @torch.no_grad()
     def learn(self, data, config):
         """From the training images."""
-        index, n = torch.arange(len(data.images), device=config.device), data.shape[-1]
-        side = len(self.linear.mean[0])
-        few = min(2**22 // n**2, max(len(index) // 8, 16))
-        some, rest = index[:few], index[few:] if len(index) > few else index
+        some, rest = set_apart(data)
+        n, side = data.shape[-1], len(self.linear.mean[0])
 
         def read(i):
             return to_float(data.images[i])
 
         x = read(some)
         lowest, masks = resize(x, side), make_masks(some, 0, side, config)
-        batches = ((resize(read(i), side), None) for i in rest[: 2**26 // n**2].split(4096))
-        self.linear.fit(batches, (lowest, *masks))
+        self.linear.fit(((resize(read(i), side), None) for i in rest), (lowest, *masks))
         self.linear.measure(lowest, *masks)
         self.rest.copy_((x.square().mean() - lowest.square().mean()).clamp(min=0))
         mask, _ = make_masks(some, 0, n, config)
