@@ -9,6 +9,7 @@ the file's own, of its own type: 8 and 16 bits, 32-bit integers and floats, what
 """
 
 import functools
+import threading
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are odd, but
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # modes of PIL
 ARRAYS = (".npy", ".npz")
+# Of .npy headers, by numpy with ast.literal_eval: in two threads at once CPython 3.11 may raise
+# "AST constructor recursion depth mismatch".
+PARSING = threading.Lock()
 MASK = ".mask.png"
 LOSSLESS = ("PNG", "TIFF", "WEBP", "BMP", "PPM", "TGA")  # others come out as PNG
 ORIENTATION = 0x0112  # of EXIF
@@ -295,7 +299,8 @@ def array_header(path, file):
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
-    shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    with PARSING:
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: is of {dtype}; whole numbers or floats are needed")
     if len(shape) not in (2, 3):
@@ -312,10 +317,11 @@ def read_array(path):
     with open_array(path) as (file, names):
         full, dtype, shape = array_header(path, file)
         file.seek(0)
-        values = np.lib.format.read_array(file, allow_pickle=False).reshape(full)
+        with PARSING:
+            values = np.lib.format.read_array(file, allow_pickle=False).reshape(full)
     observed = np.ones(full[:2], bool)
     if "mask" in names:
-        with np.load(path) as arrays:
+        with PARSING, np.load(path) as arrays:
             mask = arrays["mask"]
         if mask.dtype.kind not in "biuf" or np.isnan(mask).any():
             raise DataError(f"{path}: its mask must hold True and False, or 1 and 0")

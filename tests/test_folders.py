@@ -1,6 +1,8 @@
 """Folders with incomplete or deep images: tiles, parts, scale, nothing read behind holes."""
 
+import ast
 import os
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +134,26 @@ def test_tiles_lie_side_by_side_where_there_are_many(tmp_path, monkeypatch):
     folders.plan_tiles.cache_clear()
     monkeypatch.setattr(folders, "MANY_TILES", 15 * 15)
     assert sum(map(len, both_parts(tmp_path, 8))) == 64 < overlapping
+
+
+def test_headers_of_arrays_are_parsed_one_at_a_time(tmp_path, monkeypatch):
+    """Files are read in several threads; CPython 3.11 may fail where two of them parse."""
+    for i in range(12):
+        values, mask = RNG.random((8, 8), np.float32), RNG.random((8, 8)) < 0.5
+        np.savez(tmp_path / f"{i}.npz", image=values, mask=mask)
+    parse, inside, most, calls = ast.literal_eval, [], [], []
+
+    def slow(text):
+        inside.append(text)
+        calls.append(text)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return parse(text)
+
+    monkeypatch.setattr(ast, "literal_eval", slow)
+    assert sum(map(len, both_parts(tmp_path, 8))) == 12
+    assert len(calls) >= 36 and max(most) == 1  # of 12 headers alone, of images and of masks
 
 
 def test_nothing_behind_the_holes_is_read(tmp_path):
