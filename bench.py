@@ -52,12 +52,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from fused_ddpm import graphs, images, masked_loss, metrics, posterior_step, status
+from fused_ddpm import graphs, images, masked_loss, metrics, norm_silu, posterior_step, status
 from fused_ddpm.fill import LARGEST, GaussianFill, interpolate
 from fused_ddpm.masks import as_tested, held_out_keys, make_masks
+from fused_ddpm.ops import norm_silu_reference
 
 SHAPES = [(1, 3, 32, 32), (16, 1, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32)]
 SHAPES += [(64, 3, 64, 64), (16, 3, 256, 256)]
+NORM_SHAPES = [(32, 16, 32, 32), (32, 64, 16, 16), (32, 96, 8, 8)]  # inside the small presets
 SCRIPTS = ["toy_diffusion", "ddpm", "sparse_ddpm", "cfg_ddpm", "sparse_ddo"]
 PEERS = ["denoising_diffusion_pytorch", "diffusers"]
 HERE = Path(__file__).parent
@@ -135,6 +137,22 @@ def cases(shape, device):
     ]
 
 
+def norm_cases(shape, device):
+    """The same of norm_silu and its gradients."""
+    x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+    B, C, groups = *shape[:2], math.gcd(8, shape[1])
+    weight, bias, scale, shift = (torch.randn(n, device=device) for n in (C, C, (B, C), (B, C)))
+    inputs = [t.requires_grad_() for t in (x, weight, bias, scale, shift)]
+    compiled = torch.compile(norm_silu_reference)
+
+    def call(op):
+        y = op(x, weight, bias, groups, scale, shift)
+        return torch.autograd.grad(y, inputs, x.detach())
+
+    calls = [functools.partial(call, op) for op in (norm_silu, norm_silu_reference, compiled)]
+    return [("norm_silu", *calls, 20 * x.numel())]
+
+
 def bench_ops(args, job):
     """A dict for each op and shape: seconds of "fused", "eager", "compile", "floor"."""
     source = torch.empty(2**26, device=args.device)
@@ -142,9 +160,10 @@ def bench_ops(args, job):
     bandwidth = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), args.device)
     print(f"\nops, in microseconds; a large copy moves {bandwidth / 1e9:.1f} GB/s\n")
     rows = []
-    for shape in tqdm(SHAPES, unit="shape", leave=False):
+    shapes = [(cases, s) for s in SHAPES] + [(norm_cases, s) for s in NORM_SHAPES]
+    for make, shape in tqdm(shapes, unit="shape", leave=False):
         torch.compiler.reset()
-        for op, fused, eager, compiled, moved in cases(shape, args.device):
+        for op, fused, eager, compiled, moved in make(shape, args.device):
             calls = {"fused": fused, "eager": eager}
             calls |= {} if args.no_compile else {"compile": compiled}
             times = {name: median_seconds(call, args.device) for name, call in calls.items()}

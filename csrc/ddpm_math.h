@@ -48,6 +48,30 @@ DDPM_HD void sincospi(float v, float* sin_out, float* cos_out) {
   *cos_out = ((quarter + 1) & 2) ? -b : b;
 }
 
+// e^x to about 1e-7 relative; beyond +-87 that of +-87.
+DDPM_HD float exp_limited(float x) {
+  x = x < -87.0f ? -87.0f : (x > 87.0f ? 87.0f : x);  // a NaN stays one
+  // x = k ln 2 + r with |r| <= 0.347, ln 2 in two parts; then Taylor, whose first term left out is below 2e-8.
+  const float k = rintf(1.44269504f * x);
+  const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  const float series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
+  return series * bits_float(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
+}
+
+inline double exp_limited(double x) { return std::exp(x); }
+
+// u sigmoid(u), and its derivative.
+template <class T>
+DDPM_HD T silu(T u) {
+  return u / (T(1) + exp_limited(-u));
+}
+
+template <class T>
+DDPM_HD T silu_grad(T u) {
+  const T s = T(1) / (T(1) + exp_limited(-u));
+  return s * (T(1) + u * (T(1) - s));
+}
+
 // Two standard normals from two random words (Box & Muller 1958), in float32.
 DDPM_HD void box_muller(uint32_t w0, uint32_t w1, float* z0, float* z1) {
   // u in (0, 1]: never 0, so the logarithm is finite and |z| stays below 6.8.

@@ -59,6 +59,53 @@ std::tuple<Tensor, Tensor> masked_loss_autograd(
   return {loss[0], made};
 }
 
+using Norms = std::tuple<Tensor, Tensor>;  // y, and mean and 1 / std of each image's groups
+using NormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Maybe = std::optional<Tensor>;
+
+Norms norm_below_autograd(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& scale, const Maybe& shift, int64_t groups, double eps) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fused_ddpm::norm_silu", "")
+          .typed<Norms(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, int64_t, double)>();
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, weight, bias, scale, shift, groups, eps);
+}
+
+struct NormSilu : public torch::autograd::Function<NormSilu> {
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& scale,
+      const Maybe& shift, int64_t groups, double eps) {
+    const auto [y, stats] = norm_below_autograd(x, weight, bias, scale, shift, groups, eps);
+    ctx->save_for_backward({x, weight, bias, scale.value_or(Tensor()), shift.value_or(Tensor()), stats});
+    ctx->saved_data["groups"] = groups;
+    ctx->mark_non_differentiable({stats});
+    return {y, stats};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "norm_silu has no second derivative (create_graph=True)");
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fused_ddpm::norm_silu_backward", "")
+            .typed<NormGradients(
+                const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&, int64_t)>();
+    const variable_list saved = ctx->get_saved_variables();
+    const Maybe scale = saved[3].defined() ? Maybe(saved[3]) : Maybe(), shift = saved[4].defined() ? Maybe(saved[4]) : Maybe();
+    const int64_t groups = ctx->saved_data["groups"].toInt();
+    const auto [x, weight, bias, by_scale, by_shift] =
+        op.call(grads[0], saved[0], saved[1], saved[2], scale, shift, saved[5], groups);
+    return {x, weight, bias, scale ? by_scale : Tensor(), scale ? by_shift : Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Norms norm_silu_autograd(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& scale, const Maybe& shift, int64_t groups, double eps) {
+  const variable_list made = NormSilu::apply(x, weight, bias, scale, shift, groups, eps);
+  return {made[0], made[1]};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fused_ddpm, m) {
@@ -69,9 +116,19 @@ TORCH_LIBRARY(fused_ddpm, m) {
   m.def(
       "masked_loss(Tensor pred, Tensor target, Tensor? target_mask, Tensor? cond_mask, float cond_weight, int kind, "
       "bool gradient) -> (Tensor, Tensor)");
+  // Also the mean and 1 / standard deviation of each image's groups, (B, groups, 2), which the gradients need.
+  m.def(
+      "norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor stats, "
+      "int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(fused_ddpm, Autograd, m) { m.impl("masked_loss", masked_loss_autograd); }
+TORCH_LIBRARY_IMPL(fused_ddpm, Autograd, m) {
+  m.impl("masked_loss", masked_loss_autograd);
+  m.impl("norm_silu", norm_silu_autograd);
+}
 
 PyMODINIT_FUNC PyInit__fused_ddpm() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_fused_ddpm", nullptr, -1, nullptr};

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fused_ddpm import grids
 from fused_ddpm.grids import along_both, dct_matrix, resize
 from fused_ddpm.points import WIDTHS
-from fused_ddpm.unet import TimeEmbedding, group_norm, zero
+from fused_ddpm.unet import NormSilu, TimeEmbedding, zero
 
 
 class SpectralConv(nn.Module):
@@ -43,19 +43,18 @@ class SpectralConv(nn.Module):
 class Block(nn.Module):
     def __init__(self, in_channels, channels, emb_dim, modes):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = NormSilu(in_channels)
         self.conv1 = SpectralConv(in_channels, channels, modes)
         self.scale_shift = nn.Linear(emb_dim, 2 * channels)
-        self.norm2 = group_norm(channels)
+        self.norm2 = NormSilu(channels)
         self.conv2 = SpectralConv(channels, channels, modes, gain=0.5)
         same = in_channels == channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1)
 
     def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(F.silu(h))
+        h = self.conv1(self.norm1(x))
+        h = self.norm2(h, *self.scale_shift(emb).chunk(2, dim=1))
+        return self.skip(x) + self.conv2(h)
 
 
 class FnoUnet(nn.Module):
@@ -89,7 +88,7 @@ class FnoUnet(nn.Module):
             layers = []
             for width in (channels + 1, 32, 32):
                 conv = nn.Conv2d(width, 32, **mirrored)
-                layers += [conv, group_norm(32), nn.SiLU()]
+                layers += [conv, NormSilu(32)]
             self.encoder, features = nn.Sequential(*layers), 32
         self.lift = nn.Conv2d(in_channels + features + 2, dims[0], **mirrored)
         self.down, self.narrow = nn.ModuleList(), nn.ModuleList()
@@ -102,7 +101,7 @@ class FnoUnet(nn.Module):
             self.up.append(stage(level, 2 * here))
         self.mid = stage(len(dims) - 1, dims[-1])
         last = zero(nn.Conv2d(dims[0], channels, **mirrored))
-        self.out = nn.Sequential(group_norm(dims[0]), nn.SiLU(), last)
+        self.out = nn.Sequential(NormSilu(dims[0]), last)
 
     def forward(self, x, t, seen):
         emb, n, size = self.time(1000 * t), x.shape[-1], self.size

@@ -1,11 +1,12 @@
-"""The two fused operations around a diffusion network, each below its PyTorch reference.
+"""The fused operations in and around a diffusion network, each below its PyTorch reference.
 
     posterior_step   one reverse step, DDPM or DDIM, for any kind of prediction, guidance included
     masked_loss      a loss weighted by pixel masks, with its gradient
+    norm_silu        what stands before each convolution: GroupNorm, scale and shift, SiLU
 
-Both run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the
-reference here, and give the same numbers up to rounding. `status()` tells which and why;
-FUSED_DDPM=0 in the environment forces the reference.
+They run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the
+reference here, and give the same numbers up to rounding. norm_silu has no kernel for CUDA.
+`status()` tells which runs and why; FUSED_DDPM=0 in the environment forces the reference.
 """
 
 import json
@@ -15,6 +16,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from fused_ddpm.noise import START_NOISE, STEP_NOISE, normal_reference
 
@@ -194,6 +196,33 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
     return loss
 
 
+# --------------------------------------------------------------------------------------------------
+# Normalise, scale and shift, SiLU.
+
+
+def norm_silu_reference(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
+    """norm_silu in PyTorch."""
+    x = F.group_norm(x, groups, weight, bias, eps)
+    if scale is not None:
+        x = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
+    return F.silu(x)
+
+
+def norm_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
+    """silu(GroupNorm(x) (1 + scale) + shift), Wu & He 2018 and FiLM (Perez et al. 2018), in one
+    pass over memory, forward and back.
+
+    x: (B, C, H, W), float32, float64, bfloat16 or float16; weight, bias: (C,); scale, shift:
+    (B, C), or neither. Arithmetic is float32, of float64 float64. Returns x's shape and dtype,
+    channels_last on a CPU; differentiable once by all. Raises ValueError or TypeError for arguments
+    that do not fit.
+    """
+    check_devices("norm_silu", x, weight=weight, bias=bias, scale=scale, shift=shift)
+    if x.device.type != "cpu" or not fused(x.device):
+        return norm_silu_reference(x, weight, bias, groups, scale, shift, eps)
+    return torch.ops.fused_ddpm.norm_silu(x, weight, bias, scale, shift, groups, eps)[0]
+
+
 def _register():
     """Shapes, strides and dtypes of the extension's operators, for torch.compile."""
 
@@ -215,6 +244,23 @@ def _register():
         loss = pred.new_empty((), dtype=torch.float64 if double else torch.float32)
         made = torch.empty_like(dense(pred), dtype=loss.dtype)
         return loss, made if gradient else loss.new_empty(0)
+
+    def channels_last(x):
+        return torch.empty_like(x, memory_format=torch.channels_last)
+
+    def wide(x, *shape):
+        return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @torch.library.register_fake("fused_ddpm::norm_silu")
+    def _(x, weight, bias, scale, shift, groups, eps):
+        check_devices("norm_silu", x, weight=weight, bias=bias, scale=scale, shift=shift)
+        return channels_last(x), wide(x, len(x), groups, 2)
+
+    @torch.library.register_fake("fused_ddpm::norm_silu_backward")
+    def _(grad, x, weight, bias, scale, shift, stats, groups):
+        B, C = x.shape[:2]
+        film = [wide(x, 0), wide(x, 0)] if scale is None else [wide(x, B, C), wide(x, B, C)]
+        return channels_last(x), wide(x, C), wide(x, C), *film
 
 
 if BACKENDS:

@@ -6,9 +6,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fused_ddpm import norm_silu
+
 
 def group_norm(channels):
     return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+class NormSilu(nn.GroupNorm):
+    """silu(norm(x) (1 + scale) + shift); scale, shift: (B, C), or neither."""
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(8, channels), channels)
+
+    def forward(self, x, scale=None, shift=None):
+        return norm_silu(x, self.weight, self.bias, self.num_groups, scale, shift)
 
 
 def zero(layer):
@@ -35,19 +47,18 @@ class TimeEmbedding(nn.Module):
 class ResBlock(nn.Module):
     def __init__(self, in_channels, channels, emb_dim, dropout):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = NormSilu(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.scale_shift = nn.Linear(emb_dim, 2 * channels)
-        self.norm2, self.dropout = group_norm(channels), nn.Dropout(dropout)
+        self.norm2, self.dropout = NormSilu(channels), nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
         same = in_channels == channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1)
 
     def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.norm2(h, *self.scale_shift(emb).chunk(2, dim=1))
+        return self.skip(x) + self.conv2(self.dropout(h))
 
 
 class Attention(nn.Module):
@@ -123,7 +134,7 @@ class Unet(nn.Module):
         middle = [] if deepest in config.attn_resolutions else [Attention(dims[-1])]
         self.mid = nn.ModuleList([*stage(bottom, dims[-1]), *middle, *stage(bottom, dims[-1])])
         last = zero(nn.Conv2d(dims[0], out_channels, 3, padding=1))
-        self.out = nn.Sequential(group_norm(dims[0]), nn.SiLU(), last)
+        self.out = nn.Sequential(NormSilu(dims[0]), last)
 
     def forward(self, x, t, labels=None):
         emb = self.time(t)
