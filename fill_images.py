@@ -88,7 +88,7 @@ def load(path, device="auto", amp="auto", **changes):
         model.load_state_dict(checkpoint["ema"])
     except RuntimeError as error:
         raise UserError(f"{path}: of another version of the network; train anew") from error
-    return model, config, Scale(*(facts["scale"] or []))
+    return model, config, Scale(*(facts.get("scale") or []))
 
 
 @torch.no_grad()
