@@ -160,6 +160,8 @@ def check_saved(Config, values):
     if values.keys() != flags.keys():
         names = ", ".join(sorted(values.keys() ^ flags.keys()))
         raise ValueError(f"of another version: {names}")
+    if "steps" in values and values["steps"] is None and values["epochs"] is None:
+        raise ValueError("steps and epochs are None")
     for name, (field, _) in flags.items():
         kind, many, optional = kind_of(field)
         value, choices = values[name], field.metadata["choices"]

@@ -361,6 +361,7 @@ def test_missing_and_unknown_fields_are_named():
         ({"rate": "0.5"}, "rate is '0.5'"),
         ({"rate": float("nan")}, "rate must lie in (0, 1], got nan"),
         ({"data": 7}, "data is 7"),
+        ({"steps": None}, "steps and epochs are None"),
         ({"sweep": [0.5, None]}, "sweep is [0.5, None]"),
     ],
 )
@@ -372,7 +373,13 @@ def test_what_no_flag_could_have_given_is_refused(changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rate": 1}, {"steps": None}, {"sweep": [0, 2.5]}, {"levels": []}, {"data_dir": "else"}],
+    [
+        {"rate": 1},
+        {"steps": None, "epochs": 3},
+        {"sweep": [0, 2.5]},
+        {"levels": []},
+        {"data_dir": "else"},
+    ],
 )
 def test_what_flags_could_have_given_is_taken(changes):
     check_saved(Config, saved(**changes))
