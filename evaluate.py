@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from fused_ddpm.config import flag, make_parser
 from fused_ddpm.features import TITLES, classify, extract, get_classifier, pretrained
-from fused_ddpm.files import UserError, write
+from fused_ddpm.files import UserError, in_one_line, write
 from fused_ddpm.images import class_names, load_images, to_float
 from fused_ddpm.pictures import draw_columns
 from fused_ddpm.samples import read_labels, read_samples
@@ -155,8 +155,8 @@ def shuffled(x):
 def data_of_run(path):
     """The --data of the run that left these samples."""
     try:
-        return json.loads(path.with_name("config.json").read_text())["data"]
-    except (OSError, ValueError, KeyError) as error:
+        return str(json.loads(path.with_name("config.json").read_text())["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError("--data: what do the samples imitate? no config.json tells") from error
 
 
@@ -240,10 +240,13 @@ def run(config):
 def main(argv=None):
     try:
         run(get_config(argv))
-    except (UserError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted")
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"evaluate.py: error: {line}")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 import sparse_ddpm
 from fused_ddpm import posterior_step, seeded_normal
+from fused_ddpm.checkpoints import check_part
 from fused_ddpm.config import ONCE, flag, make_parser, read_checkpoint
 from fused_ddpm.devices import open_device
-from fused_ddpm.files import UserError
+from fused_ddpm.files import UserError, in_one_line
 from fused_ddpm.filled import (
     check,
     find,
@@ -85,8 +86,9 @@ def load(path, device="auto", amp="auto", **changes):
     model = make_model(facts["shape"], config, len(facts["class_names"]))
     model.requires_grad_(False).eval()
     try:
+        check_part(model, checkpoint["ema"])
         model.load_state_dict(checkpoint["ema"])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: of another version of the network; train anew") from error
     return model, config, Scale(*(facts.get("scale") or []))
 
@@ -259,10 +261,13 @@ def run(argv):
 def main(argv=None):
     try:
         failed, files = run(argv)
-    except UserError as error:
-        sys.exit(f"fill_images.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("fill_images.py: interrupted; the same command goes on")
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"fill_images.py: error: {line}")
     if failed:
         sys.exit(f"fill_images.py: error: {failed} of {files} images are not filled, see above")
 

@@ -210,6 +210,9 @@ def read_checkpoint(Config, path, script):
     checkpoint["config"] = complete(Config, checkpoint["config"])
     try:
         check_saved(Config, checkpoint["config"])
+        side = checkpoint["facts"]["shape"][1]
+        if checkpoint["config"].get("image_size", side) != side:
+            raise ValueError(f"image_size is not {side}")
     except ValueError as error:
         raise UserError(f"{path}: its configuration cannot be used ({error})") from error
     return checkpoint

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fused_ddpm.config import (
     kind_of,
     make_parser,
     preset_values,
+    read_checkpoint,
     read_command_line,
 )
 from fused_ddpm.files import UserError
@@ -390,6 +392,15 @@ def test_a_damaged_configuration_is_an_error_for_the_user(checkpoint):
     cure = r"last.pt: its configuration cannot be used \(width is 'wide'\)$"
     with pytest.raises(UserError, match=cure):
         read("--sample", path)
+
+
+def test_the_size_of_images_is_that_of_the_data(checkpoint):
+    @dataclass
+    class Sized(Config):
+        image_size: int = flag(16, "side in pixels")
+
+    with pytest.raises(UserError, match=r"\(image_size is not 8\)$"):
+        read_checkpoint(Sized, Path(checkpoint()), "script")
 
 
 def test_a_checkpoint_from_before_a_free_flag_takes_its_value(checkpoint):

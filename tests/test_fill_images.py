@@ -321,6 +321,18 @@ def test_bad_arguments_end_in_one_line(folder, checkpoint, tmp_path, capsys):
     assert "--num-draws" in exits_with(2, capsys, lambda: fill_images.main(flags))
 
 
+def test_a_checkpoint_that_does_not_fit_ends_in_one_line(checkpoint, tmp_path, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    for ema in ([1], saved["ema"] | {"stem.weight": [1.0]}, {}):
+        torch.save(saved | {"ema": ema}, tmp_path / "other.pt")
+        call = lambda: fill(tmp_path / "other.pt", checkpoint, tmp_path / "out")
+        assert "of another version of the network" in exits_with(1, capsys, call)
+    (tmp_path / "file").touch()
+    rgba(tmp_path / "x.png", 16, 16)
+    flags = tmp_path / "x.png", tmp_path / "file", "--num-draws", "0"
+    assert str(tmp_path / "file") in exits_with(1, capsys, lambda: fill(checkpoint, *flags))
+
+
 def test_a_file_too_large_is_one_line(checkpoint, folder, monkeypatch, capsys):
     monkeypatch.setattr("fused_ddpm.filled.LARGEST", 900)
     rgba(folder / "huge.png")
