@@ -30,7 +30,7 @@ from fused_ddpm import posterior_step, seeded_normal
 from fused_ddpm.checkpoints import check_part
 from fused_ddpm.config import ONCE, flag, make_parser, read_checkpoint
 from fused_ddpm.devices import open_device
-from fused_ddpm.files import UserError, in_one_line
+from fused_ddpm.files import UserError, in_one_line, occupied
 from fused_ddpm.filled import (
     check,
     find,
@@ -248,11 +248,12 @@ def run(argv):
     settings = [getattr(config, name) for name in CHANGES if name != "batch_size"]
     settings += [flags.num_draws == 0, flags.missing, flags.next]
     settings.append(hashlib.sha256(checkpoint.read_bytes()).hexdigest())
-    done, how, failed = fill_all(files, out, loaded, flags, settings)
-    if done:
-        write_table(done, out)
-        write_sheet(done, out, flags.missing, scale)
-        print(", ".join(f"{n} {way}" for way, n in how.items()) + f"; in {out}/")
+    with occupied(out):
+        done, how, failed = fill_all(files, out, loaded, flags, settings)
+        if done:
+            write_table(done, out)
+            write_sheet(done, out, flags.missing, scale)
+            print(", ".join(f"{n} {way}" for way, n in how.items()) + f"; in {out}/")
     for line in failed:
         print(line, file=sys.stderr)
     return len(failed), len(files)
