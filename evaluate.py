@@ -32,6 +32,7 @@ import torch
 from tqdm import tqdm
 
 from fused_ddpm.config import flag, make_parser
+from fused_ddpm.devices import check_device
 from fused_ddpm.features import TITLES, classify, extract, get_classifier, pretrained
 from fused_ddpm.files import UserError, in_one_line, write
 from fused_ddpm.images import class_names, load_images, to_float
@@ -63,9 +64,9 @@ def get_config(argv):
     if config.num_real < FEWEST:
         parser.error(f"--num-real {config.num_real}: must be at least {FEWEST}")
     try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {config.device}: {str(error).splitlines()[0]}")
+        check_device(config.device)
+    except UserError as error:
+        parser.error(str(error))
     return config
 
 

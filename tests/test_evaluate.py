@@ -210,9 +210,9 @@ def test_bad_input(tmp_path, quick, capsys):
     flags = "--labels", tmp_path / "wrong.npy"
     assert "wrong.npy: not the classes of these samples" in message(good, *data, *flags)
     assert "--num-real 3: must be at least 20" in message(good, "--num-real", 3, code=2)
-    assert "--device cuda:99: " in exits_with(
-        2, capsys, lambda: script.main([str(good), "--device", "cuda:99"])
-    )
+    for device in ("cuda:99", "meta"):
+        said = exits_with(2, capsys, lambda: script.main([str(good), "--device", device]))  # noqa: B023
+        assert f"--device {device}: " in said
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(200):
