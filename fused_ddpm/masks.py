@@ -148,7 +148,10 @@ def check_masks(config):
     test_pattern = getattr(config, "test_pattern", None)
     yield "learned" in (test_pattern or ""), "--test-pattern learned: give the run's mask.npy"
     if getattr(config, "test_sparsity", None) or test_pattern:
-        yield from check_masks(replace(as_tested(config), test_sparsity=None, test_pattern=None))
+        tested = replace(as_tested(config), test_sparsity=None, test_pattern=None)
+        for wrong, message in check_masks(tested):
+            message = message.replace("--mask-pattern", "--test-pattern")
+            yield wrong, message.replace("--sparsity", "--test-sparsity")
 
 
 def as_tested(config):
