@@ -32,8 +32,9 @@ import torch
 from tqdm import tqdm
 
 from fused_ddpm.config import flag, make_parser
+from fused_ddpm.devices import check_device
 from fused_ddpm.features import TITLES, classify, extract, get_classifier, pretrained
-from fused_ddpm.files import UserError, write
+from fused_ddpm.files import UserError, in_one_line, write
 from fused_ddpm.images import class_names, load_images, to_float
 from fused_ddpm.pictures import draw_columns
 from fused_ddpm.samples import read_labels, read_samples
@@ -63,9 +64,9 @@ def get_config(argv):
     if config.num_real < FEWEST:
         parser.error(f"--num-real {config.num_real}: must be at least {FEWEST}")
     try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {config.device}: {str(error).splitlines()[0]}")
+        check_device(config.device)
+    except UserError as error:
+        parser.error(str(error))
     return config
 
 
@@ -155,8 +156,8 @@ def shuffled(x):
 def data_of_run(path):
     """The --data of the run that left these samples."""
     try:
-        return json.loads(path.with_name("config.json").read_text())["data"]
-    except (OSError, ValueError, KeyError) as error:
+        return str(json.loads(path.with_name("config.json").read_text())["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError("--data: what do the samples imitate? no config.json tells") from error
 
 
@@ -240,10 +241,13 @@ def run(config):
 def main(argv=None):
     try:
         run(get_config(argv))
-    except (UserError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted")
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"evaluate.py: error: {line}")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 import sparse_ddpm
 from fused_ddpm import posterior_step, seeded_normal
+from fused_ddpm.checkpoints import check_part
 from fused_ddpm.config import ONCE, flag, make_parser, read_checkpoint
 from fused_ddpm.devices import open_device
-from fused_ddpm.files import UserError
+from fused_ddpm.files import UserError, in_one_line, occupied
 from fused_ddpm.filled import (
     check,
     find,
@@ -85,10 +86,11 @@ def load(path, device="auto", amp="auto", **changes):
     model = make_model(facts["shape"], config, len(facts["class_names"]))
     model.requires_grad_(False).eval()
     try:
+        check_part(model, checkpoint["ema"])
         model.load_state_dict(checkpoint["ema"])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: of another version of the network; train anew") from error
-    return model, config, Scale(*(facts["scale"] or []))
+    return model, config, Scale(*(facts.get("scale") or []))
 
 
 @torch.no_grad()
@@ -246,11 +248,12 @@ def run(argv):
     settings = [getattr(config, name) for name in CHANGES if name != "batch_size"]
     settings += [flags.num_draws == 0, flags.missing, flags.next]
     settings.append(hashlib.sha256(checkpoint.read_bytes()).hexdigest())
-    done, how, failed = fill_all(files, out, loaded, flags, settings)
-    if done:
-        write_table(done, out)
-        write_sheet(done, out, flags.missing, scale)
-        print(", ".join(f"{n} {way}" for way, n in how.items()) + f"; in {out}/")
+    with occupied(out):
+        done, how, failed = fill_all(files, out, loaded, flags, settings)
+        if done:
+            write_table(done, out)
+            write_sheet(done, out, flags.missing, scale)
+            print(", ".join(f"{n} {way}" for way, n in how.items()) + f"; in {out}/")
     for line in failed:
         print(line, file=sys.stderr)
     return len(failed), len(files)
@@ -259,10 +262,13 @@ def run(argv):
 def main(argv=None):
     try:
         failed, files = run(argv)
-    except UserError as error:
-        sys.exit(f"fill_images.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("fill_images.py: interrupted; the same command goes on")
+    except Exception as error:
+        line = in_one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"fill_images.py: error: {line}")
     if failed:
         sys.exit(f"fill_images.py: error: {failed} of {files} images are not filled, see above")
 

@@ -52,6 +52,8 @@ struct MaskedLoss : public torch::autograd::Function<MaskedLoss> {
 std::tuple<Tensor, Tensor> masked_loss_autograd(
     const Tensor& pred, const Tensor& target, const std::optional<Tensor>& target_mask,
     const std::optional<Tensor>& cond_mask, double cond_weight, int64_t kind, bool gradient) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !pred._fw_grad(0).defined() && !target._fw_grad(0).defined(), "masked_loss has no forward-mode derivative");
   if (!at::GradMode::is_enabled() || !(pred.requires_grad() || target.requires_grad()))
     return below_autograd(pred, target, target_mask, cond_mask, cond_weight, kind, gradient);
   Tensor made;

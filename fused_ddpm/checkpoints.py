@@ -39,8 +39,12 @@ def _look_through(checkpoint):
         raise ValueError("history")
     if not all(type(x) in (int, float) for x in numbers):
         raise ValueError("history")
-    if len(facts["shape"]) != 3 or not all(type(side) is int for side in facts["shape"]):
+    sides = facts["shape"]
+    if len(sides) != 3 or not all(type(n) is int and n > 0 for n in sides) or sides[1] != sides[2]:
         raise ValueError("shape")
+    low, high = facts.get("scale") or (-1, 1)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError("scale")
     if not all(type(name) is str for name in facts["class_names"]):
         raise ValueError("class_names")
 

@@ -160,6 +160,8 @@ def check_saved(Config, values):
     if values.keys() != flags.keys():
         names = ", ".join(sorted(values.keys() ^ flags.keys()))
         raise ValueError(f"of another version: {names}")
+    if "steps" in values and values["steps"] is None and values["epochs"] is None:
+        raise ValueError("steps and epochs are None")
     for name, (field, _) in flags.items():
         kind, many, optional = kind_of(field)
         value, choices = values[name], field.metadata["choices"]
@@ -208,6 +210,9 @@ def read_checkpoint(Config, path, script):
     checkpoint["config"] = complete(Config, checkpoint["config"])
     try:
         check_saved(Config, checkpoint["config"])
+        side = checkpoint["facts"]["shape"][1]
+        if checkpoint["config"].get("image_size", side) != side:
+            raise ValueError(f"image_size is not {side}")
     except ValueError as error:
         raise UserError(f"{path}: its configuration cannot be used ({error})") from error
     return checkpoint

@@ -1,8 +1,8 @@
 """Networks whose features images are compared in: a classifier made here, and two of others.
 
-    classifier, accuracy = get_classifier("data", training, test, classes, "cpu")
-    network = pretrained("efficientnet_lite0", "cpu")     # or lambda x: classifier.features(...)
-    features = extract(network, images, "cpu")            # float64 (N, d)
+classifier, accuracy = get_classifier("data", training, test, classes, "cpu")
+network = pretrained("efficientnet_lite0", "cpu")     # or lambda x: classifier.features(...)
+features = extract(network, images, "cpu")            # float64 (N, d)
 """
 
 import hashlib
@@ -86,9 +86,15 @@ def get_classifier(data_dir, training, test, classes, device):
     name = f"classifier_{key.hexdigest()[:16]}.pt"
     paths = [Path(data_dir, name), Path.home() / ".cache" / "fused_ddpm" / name]
     model = Classifier(training[0].shape[1], classes)
+
+    def look_through(kept):
+        check_part(model, kept["model"])
+        if not 0 <= kept["accuracy"] <= 1:
+            raise ValueError("accuracy")
+
     for path in paths:
         if path.exists():
-            kept = load_checkpoint(path, "evaluate", lambda kept: check_part(model, kept["model"]))
+            kept = load_checkpoint(path, "evaluate", look_through)
             model.load_state_dict(kept["model"])
             return model.to(device).eval(), kept["accuracy"]
     model = train_classifier(*training, classes, device)

@@ -1,5 +1,6 @@
 """Files that are the old one or the new one, whole; one process a folder; the one-line error."""
 
+import contextlib
 import json
 import os
 
@@ -57,6 +58,17 @@ def occupy(folder):
     except OSError as error:
         raise UserError(f"--out-dir {folder}: cannot be written ({error})") from error
     return held
+
+
+@contextlib.contextmanager
+def occupied(folder):
+    """with occupied(folder): as occupy, until the end of it."""
+    held = occupy(folder)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def write(path, content):

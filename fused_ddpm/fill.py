@@ -102,12 +102,14 @@ class GaussianFill:
 
     @classmethod
     def read(cls, path, about):
-        """None where that is not what the file is about."""
-        if not path.exists():
+        """None where that is not what the file is about, or it is damaged: it can be fitted."""
+        try:
+            with np.load(path) as saved:
+                if saved["about"] == about:
+                    parts = saved["mean"], saved["covariance"]
+                    return cls(*(torch.from_numpy(x).double() for x in parts))
+        except Exception:  # numpy raises all sorts: OSError, KeyError, BadZipFile, ...
             return None
-        with np.load(path) as saved:
-            if saved.get("about", "") == about:
-                return cls(*(torch.from_numpy(saved[k]).double() for k in ("mean", "covariance")))
 
     def fill(self, x, mask):
         """(mean, standard deviation), each like x (N, C, H, W): x itself and 0 where mask is set.

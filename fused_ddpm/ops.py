@@ -178,8 +178,8 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
     pred: (B, C, H, W), or any shape without masks; float32, float64, bfloat16 or float16. target:
     the same shape. target_mask, cond_mask: (B, 1, H, W) or (B, C, H, W), bool, uint8 or float in
     [0, 1]. kind: l2, l1 or huber (beta = 1). Returns a scalar, float64 for float64 and else
-    float32, differentiable once by pred and target, summed in a fixed order: the same bits each
-    run. Raises ValueError or TypeError for arguments that do not fit.
+    float32, differentiable once by pred and target, backwards only, summed in a fixed order: the
+    same bits each run. Raises ValueError or TypeError for arguments that do not fit.
     """
     if kind not in LOSS_KINDS:
         known = ", ".join(LOSS_KINDS)

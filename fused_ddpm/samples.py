@@ -180,7 +180,7 @@ def read_samples(path):
         samples = np.load(path)
         if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[3] not in (1, 3):
             raise ValueError(f"it is {samples.dtype} {samples.shape}")
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except Exception as error:  # numpy raises all sorts: BadZipFile, TokenError, MemoryError, ...
         wanted = "neither an .npy, uint8 (N, H, W, 1 or 3), nor a folder of images"
         raise DataError(f"{path}: {wanted} ({error})") from error
     return torch.from_numpy(samples).movedim(3, 1)
@@ -192,6 +192,6 @@ def read_labels(path, n, classes):
         labels = torch.from_numpy(np.load(path)).long()
         if labels.shape != (n,) or labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"they are not {n} numbers from 0 to {classes - 1}")
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except Exception as error:
         raise DataError(f"{path}: not the classes of these samples ({error})") from error
     return labels

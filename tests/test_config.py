@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fused_ddpm.config import (
     kind_of,
     make_parser,
     preset_values,
+    read_checkpoint,
     read_command_line,
 )
 from fused_ddpm.files import UserError
@@ -361,6 +363,7 @@ def test_missing_and_unknown_fields_are_named():
         ({"rate": "0.5"}, "rate is '0.5'"),
         ({"rate": float("nan")}, "rate must lie in (0, 1], got nan"),
         ({"data": 7}, "data is 7"),
+        ({"steps": None}, "steps and epochs are None"),
         ({"sweep": [0.5, None]}, "sweep is [0.5, None]"),
     ],
 )
@@ -372,7 +375,13 @@ def test_what_no_flag_could_have_given_is_refused(changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rate": 1}, {"steps": None}, {"sweep": [0, 2.5]}, {"levels": []}, {"data_dir": "else"}],
+    [
+        {"rate": 1},
+        {"steps": None, "epochs": 3},
+        {"sweep": [0, 2.5]},
+        {"levels": []},
+        {"data_dir": "else"},
+    ],
 )
 def test_what_flags_could_have_given_is_taken(changes):
     check_saved(Config, saved(**changes))
@@ -383,6 +392,15 @@ def test_a_damaged_configuration_is_an_error_for_the_user(checkpoint):
     cure = r"last.pt: its configuration cannot be used \(width is 'wide'\)$"
     with pytest.raises(UserError, match=cure):
         read("--sample", path)
+
+
+def test_the_size_of_images_is_that_of_the_data(checkpoint):
+    @dataclass
+    class Sized(Config):
+        image_size: int = flag(16, "side in pixels")
+
+    with pytest.raises(UserError, match=r"\(image_size is not 8\)$"):
+        read_checkpoint(Sized, Path(checkpoint()), "script")
 
 
 def test_a_checkpoint_from_before_a_free_flag_takes_its_value(checkpoint):

@@ -192,10 +192,17 @@ def test_bad_input(tmp_path, quick, capsys):
     np.save(good, pixels)
     np.save(few, pixels[:5])
     np.save(floats, pixels / 1.0)
-    assert "no config.json tells" in message(good)
+    for about in (None, "[]", "{}", '{"data": 5'):
+        if about:
+            (tmp_path / "config.json").write_text(about)
+        assert "no config.json tells" in message(good)
     data = "--data", "shapes", "--data-dir", tmp_path
     assert "floats.npy: neither an .npy, uint8" in message(floats, *data)
-    assert "none.npy: neither an .npy, uint8" in message(tmp_path / "none.npy", *data)
+    zipped = tmp_path / "zipped.npy"
+    zipped.write_bytes(b"PK\3\4, cut off")
+    for path in (tmp_path / "none.npy", zipped):
+        assert f"{path.name}: neither an .npy, uint8" in message(path, *data)
+    assert "zipped.npy: not the classes" in message(good, *data, "--labels", zipped)
     assert "few.npy: only 5; at least 20 are needed" in message(few, *data)
     np.save(few, pixels[..., :1])
     assert "images of 1x16x16, those of --data shapes are 3x16x16" in message(few, *data)
@@ -203,9 +210,9 @@ def test_bad_input(tmp_path, quick, capsys):
     flags = "--labels", tmp_path / "wrong.npy"
     assert "wrong.npy: not the classes of these samples" in message(good, *data, *flags)
     assert "--num-real 3: must be at least 20" in message(good, "--num-real", 3, code=2)
-    assert "--device cuda:99: " in exits_with(
-        2, capsys, lambda: script.main([str(good), "--device", "cuda:99"])
-    )
+    for device in ("cuda:99", "meta"):
+        said = exits_with(2, capsys, lambda: script.main([str(good), "--device", device]))  # noqa: B023
+        assert f"--device {device}: " in said
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(200):

@@ -153,6 +153,10 @@ def test_gaussian_is_fitted_in_batches(tmp_path):
     torch.testing.assert_close(other.mean, -first.mean, rtol=0, atol=1e-6)
     data.name = "noise"
     assert torch.equal(GaussianFill.of(data, config).mean, first.mean)
+    kept = tmp_path / "gaussian.npz"
+    kept.write_bytes(kept.read_bytes()[:500])  # damaged: fitted anew
+    data.images, config.out_dir, config.sample = images, str(tmp_path), None
+    assert torch.equal(GaussianFill.of(data, config).mean, first.mean)
 
 
 def test_gaussian_intervals_hold_for_gaussian_images():

@@ -11,6 +11,7 @@ from PIL import Image
 
 import fill_images
 import sparse_ddpm
+from fused_ddpm.files import occupied
 from fused_ddpm.linear import where_next
 from fused_ddpm.pixels import read_picture, upright
 from fused_ddpm.tiles import Tiles
@@ -319,6 +320,22 @@ def test_bad_arguments_end_in_one_line(folder, checkpoint, tmp_path, capsys):
         assert said in exits_with(1, capsys, lambda: fill_images.main(flags))  # noqa: B023
     flags = [str(checkpoint), str(tmp_path / "x.png"), "--num-draws", "-1"]
     assert "--num-draws" in exits_with(2, capsys, lambda: fill_images.main(flags))
+
+
+def test_a_checkpoint_that_does_not_fit_ends_in_one_line(checkpoint, tmp_path, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    for ema in ([1], saved["ema"] | {"stem.weight": [1.0]}, {}):
+        torch.save(saved | {"ema": ema}, tmp_path / "other.pt")
+        call = lambda: fill(tmp_path / "other.pt", checkpoint, tmp_path / "out")
+        assert "of another version of the network" in exits_with(1, capsys, call)
+    (tmp_path / "file").touch()
+    rgba(tmp_path / "x.png", 16, 16)
+    call = lambda: fill(checkpoint, tmp_path / "x.png", tmp_path / "file", "--num-draws", "0")
+    assert f"--out-dir {tmp_path / 'file'}: cannot be written" in exits_with(1, capsys, call)
+    (tmp_path / "file").unlink()
+    with occupied(tmp_path / "file"):
+        assert "another process is at work in it" in exits_with(1, capsys, call)
+    assert (call() / "x.png").exists()
 
 
 def test_a_file_too_large_is_one_line(checkpoint, folder, monkeypatch, capsys):

@@ -181,6 +181,10 @@ def test_patterns_that_are_none_are_named(pattern, wrong):
     found = [message for bad, message in check_masks(settings(pattern)) if bad]
     cure = "choose from random, block, grid, walk, learned, or a .npy file"
     assert found == [f"--mask-pattern {name}: {cure}" for name in wrong]
+    if pattern != "learned":  # which test_pattern cannot be
+        tested = replace(settings(), test_pattern=pattern)
+        found = [message for bad, message in check_masks(tested) if bad]
+        assert found == [f"--test-pattern {name}: {cure}" for name in wrong]
 
 
 # -- what differs between images -------------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from fused_ddpm import masked_loss, ops, posterior_step, seeded_normal
 from fused_ddpm.noise import START_NOISE, normal_reference
@@ -293,6 +294,16 @@ def test_a_second_derivative_is_refused(device):
     with pytest.raises(RuntimeError, match="no second derivative"):
         loss = masked_loss(pred.requires_grad_(), target, mask)
         torch.autograd.grad(loss, pred, create_graph=True)
+
+
+@on_devices
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's own
+def test_a_forward_mode_derivative_is_refused(device):
+    pred, target, mask, _ = loss_inputs((2, 3, 8, 8), device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(pred, target)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            masked_loss(dual, target, mask)
 
 
 @on_devices
