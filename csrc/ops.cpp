@@ -104,6 +104,7 @@ struct NormSilu : public torch::autograd::Function<NormSilu> {
 
 Norms norm_silu_autograd(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& scale, const Maybe& shift, int64_t groups, double eps) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined(), "norm_silu has no forward-mode derivative");
   const variable_list made = NormSilu::apply(x, weight, bias, scale, shift, groups, eps);
   return {made[0], made[1]};
 }

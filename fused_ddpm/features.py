@@ -1,8 +1,8 @@
 """Networks whose features images are compared in: a classifier made here, and two of others.
 
-classifier, accuracy = get_classifier("data", training, test, classes, "cpu")
-network = pretrained("efficientnet_lite0", "cpu")     # or lambda x: classifier.features(...)
-features = extract(network, images, "cpu")            # float64 (N, d)
+    classifier, accuracy = get_classifier("data", training, test, classes, "cpu")
+    network = pretrained("efficientnet_lite0", "cpu")     # or lambda x: classifier.features(...)
+    features = extract(network, images, "cpu")            # float64 (N, d)
 """
 
 import hashlib

@@ -115,35 +115,26 @@ def mask_counts(size, config):
 def check_masks(config):
     """For a config's check: (wrong, message) of what is asked of the masks."""
     shown = " ".join(map(str, config.sparsity))
-    yield (
-        not 1 <= len(config.sparsity) <= 2 or config.sparsity[0] > config.sparsity[-1],
-        (f"--sparsity {shown}: is a fraction, or two, the smaller first, to draw it from"),
+    yield not 1 <= len(config.sparsity) <= 2 or config.sparsity[0] > config.sparsity[-1], (
+        f"--sparsity {shown}: is a fraction, or two, the smaller first, to draw it from"
     )
     learns = hasattr(config, "observed_only") and config.image_size <= 64
     for name in pattern_names(config):
-        yield (
-            name == "learned" and not learns,
-            (f"--mask-pattern {name}: for sparse_ddpm.py and images of at most 64 pixels a side"),
+        yield name == "learned" and not learns, (
+            f"--mask-pattern {name}: for sparse_ddpm.py and images of at most 64 pixels a side"
         )
-        yield (
-            name not in PATTERNS and name != "learned" and not name.endswith(".npy"),
-            (f"--mask-pattern {name}: choose from {', '.join(PATTERNS)}, learned, or a .npy file"),
+        yield name not in PATTERNS and name != "learned" and not name.endswith(".npy"), (
+            f"--mask-pattern {name}: choose from {', '.join(PATTERNS)}, learned, or a .npy file"
         )
     target = config.target_sparsity or config.sparsity[-1]
     n, seen, _, scored = mask_counts(config.image_size, config)
-    yield (
-        config.sparsity[-1] + target > 1,
-        (
-            f"--sparsity {shown} and --target-sparsity {target}: "
-            "the masks are disjoint, so their sum must not exceed 1"
-        ),
+    yield config.sparsity[-1] + target > 1, (
+        f"--sparsity {shown} and --target-sparsity {target}: "
+        "the masks are disjoint, so their sum must not exceed 1"
     )
-    yield (
-        not seen or not scored,
-        (
-            f"--sparsity {shown}: that is {seen} pixels to see and {scored} to score "
-            f"of the {n} there are"
-        ),
+    yield not seen or not scored, (
+        f"--sparsity {shown}: that is {seen} pixels to see and {scored} to score "
+        f"of the {n} there are"
     )
     test_pattern = getattr(config, "test_pattern", None)
     yield "learned" in (test_pattern or ""), "--test-pattern learned: give the run's mask.npy"
