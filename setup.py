@@ -71,7 +71,7 @@ def extensions(cuda_home):
     if not cuda_home:
         return [(cpu, ["cpu"])]
     options["extra_compile_args"] = {"cxx": CXX_FLAGS, "nvcc": ["-O3"]}
-    cuda = CUDAExtension(NAME, [*sources, "csrc/ops_cuda.cu"], **options)
+    cuda = CUDAExtension(NAME, [*sources, "csrc/ops_cuda.cu", "csrc/norm_cuda.cu"], **options)
     return [(cuda, ["cpu", "cuda"]), (cpu, ["cpu"])]
 
 

@@ -58,7 +58,7 @@ DDPM_HD float exp_limited(float x) {
   return series * bits_float(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
 }
 
-inline double exp_limited(double x) { return std::exp(x); }
+DDPM_HD double exp_limited(double x) { return exp(x); }
 
 // u sigmoid(u), and its derivative.
 template <class T>

@@ -2,7 +2,6 @@
 // cache: pixel after pixel, so a channel's numbers are repeated over a row of pixels ("lanes") for the compiler to vectorise.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,7 +14,7 @@
 #include <vector>
 
 #include "ddpm_math.h"
-#include "layout.h"
+#include "norm.h"
 #include "simd.h"
 
 namespace fused_ddpm {
@@ -87,22 +86,6 @@ void narrowed(S* to, const T* from, int64_t n) {
   else for (int64_t i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);
 }
 
-void check_norm_silu(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, int64_t groups) {
-  const char* op = "norm_silu";
-  TORCH_CHECK_VALUE(x.dim() == 4, op, ": x has shape ", x.sizes(), ", expected (B, C, H, W)");
-  TORCH_CHECK_TYPE(x.is_floating_point(), op, ": x must be floating point, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(groups > 0 && x.size(1) % groups == 0, op, ": ", x.size(1), " channels are not ", groups, " groups");
-  for (const at::Tensor& t : {weight, bias})
-    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), op, ": weight and bias must have shape (", x.size(1), ",)");
-  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), op, ": scale and shift go together");
-  for (const auto& t : {scale, shift})
-    TORCH_CHECK_VALUE(
-        !t || (t->dim() == 2 && t->size(0) == x.size(0) && t->size(1) == x.size(1)), op,
-        ": scale and shift must have shape (", x.size(0), ", ", x.size(1), ")");
-}
-
 // What the kernels read beside x, as T: contiguous, and of scale and shift nothing or (B, C).
 template <class T>
 struct Norm {
@@ -111,11 +94,9 @@ struct Norm {
 
   Norm(const at::Tensor& x, const at::Tensor& w, const at::Tensor& b, const std::optional<at::Tensor>& s,
        const std::optional<at::Tensor>& t, int64_t groups)
-      : weight(read(w)), bias(read(b)), scale(s ? read(*s) : at::Tensor()), shift(t ? read(*t) : at::Tensor()),
-        channels(x.size(1)), groups(groups), pixels(x.size(2) * x.size(3)),
+      : weight(as<T>(w)), bias(as<T>(b)), scale(as<T>(s)), shift(as<T>(t)), channels(x.size(1)), groups(groups), pixels(x.size(2) * x.size(3)),
         lanes(channels * std::max<int64_t>(1, LANES / std::max<int64_t>(channels, 1))) {}
 
-  static at::Tensor read(const at::Tensor& t) { return t.to(c10::CppTypeToScalarType<T>::value).contiguous(); }
   static const T* at(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; }
 
   int64_t image() const { return channels * pixels; }
@@ -154,8 +135,7 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cpu(
     const std::optional<at::Tensor>& shift, int64_t groups, double eps) {
   check_norm_silu(x_, weight, bias, scale, shift, groups);
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), y = at::empty_like(x);
-  const auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor stats = at::empty({x.size(0), groups, 2}, x.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+  const at::Tensor stats = at::empty({x.size(0), groups, 2}, wide_options(x));
   if (x.numel() == 0) return {y, stats.fill_(0)};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_silu", [&] {
     using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -189,8 +169,7 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cpu(
   return {y, stats};
 }
 
-// Gradients of x, weight, bias, scale, shift; the last two of no elements where there are none.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_silu_backward_cpu(
+NormGradients norm_silu_backward_cpu(
     const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift, const at::Tensor& stats, int64_t groups) {
   check_norm_silu(x_, weight, bias, scale, shift, groups);
@@ -198,10 +177,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_silu
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor grad = grad_.to(x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast), dx = at::empty_like(x);
   const int64_t images = x.size(0), channels = x.size(1);
-  TORCH_CHECK_VALUE(
-      stats.is_contiguous() && stats.numel() == images * groups * 2 &&
-          stats.scalar_type() == (x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat),
-      "norm_silu: stats are of another x");
+  check_stats(stats, x, groups);
   // Of each image and channel: the sums of du, and of du times the normalised x.
   const at::Tensor sums = at::empty({2, images, channels}, stats.options()).fill_(0);
   if (x.numel() > 0) {
@@ -248,11 +224,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_silu
       });
     });
   }
-  const at::Tensor shifted = sums[0], scaled = sums[1], w = weight.to(sums.scalar_type()), b = bias.to(sums.scalar_type());
-  const auto none = [&] { return at::empty({0}, sums.options()); };
-  if (!scale) return {dx, scaled.sum(0), shifted.sum(0), none(), none()};
-  const at::Tensor factor = *scale + 1;
-  return {dx, (factor * scaled).sum(0), (factor * shifted).sum(0), w * scaled + b * shifted, shifted.clone()};
+  return norm_gradients(dx, sums, weight, bias, scale);
 }
 
 TORCH_LIBRARY_IMPL(fused_ddpm, CPU, m) {

@@ -5,8 +5,8 @@
     norm_silu        what stands before each convolution: GroupNorm, scale and shift, SiLU
 
 They run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the
-reference here, and give the same numbers up to rounding. norm_silu has no kernel for CUDA.
-`status()` tells which runs and why; FUSED_DDPM=0 in the environment forces the reference.
+reference here, and give the same numbers up to rounding. `status()` tells which and why;
+FUSED_DDPM=0 in the environment forces the reference.
 """
 
 import json
@@ -214,11 +214,11 @@ def norm_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
 
     x: (B, C, H, W), float32, float64, bfloat16 or float16; weight, bias: (C,); scale, shift:
     (B, C), or neither. Arithmetic is float32, of float64 float64. Returns x's shape and dtype,
-    channels_last on a CPU; differentiable once by all. Raises ValueError or TypeError for arguments
-    that do not fit.
+    channels_last; differentiable once by all. Raises ValueError or TypeError for arguments that do
+    not fit.
     """
     check_devices("norm_silu", x, weight=weight, bias=bias, scale=scale, shift=shift)
-    if x.device.type != "cpu" or not fused(x.device):
+    if not fused(x.device):
         return norm_silu_reference(x, weight, bias, groups, scale, shift, eps)
     return torch.ops.fused_ddpm.norm_silu(x, weight, bias, scale, shift, groups, eps)[0]
 

@@ -13,7 +13,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
-SOURCE = HERE.parent.parent / "csrc"
+SOURCE, SOURCES = HERE.parent.parent / "csrc", ["ops_cuda.cu", "norm_cuda.cu"]
 COMPILER = os.environ.get("CXX", "g++")
 
 pytestmark = [
@@ -49,7 +49,8 @@ def as_cpp(text):
 def library(tmp_path_factory):
     work = tmp_path_factory.mktemp("cuda_on_cpu")
     schemas = re.search(r"^TORCH_LIBRARY\(.*?^}", (SOURCE / "ops.cpp").read_text(), re.S | re.M)
-    kernels = '#include "emulator.h"\n' + as_cpp((SOURCE / "ops_cuda.cu").read_text())
+    kernels = "".join(as_cpp((SOURCE / name).read_text()) for name in SOURCES)
+    kernels = f'#include "emulator.h"\n{kernels}'
     (work / "kernels.cpp").write_text(kernels + schemas[0])
     common = [COMPILER, "-std=c++20", "-fPIC", "-w", "-fvisibility=hidden", "-c"]
     common += [f"-I{path}" for path in (HERE, SOURCE, *include_paths())]

@@ -64,6 +64,25 @@ def loss_case():
     assert torch.equal(alone, loss)
 
 
+def norm_case():
+    shape, groups = random.choice([((3, 16, 5, 4), 8), ((2, 6, 3, 3), 2), ((1, 80, 2, 3), 1)])
+    dtype, (B, C, *_) = random.choice([*DTYPES, torch.float64]), shape
+    x, grad = (laid_out(torch.randn(shape).to(dtype)) for _ in range(2))
+    rest = [torch.randn(C), torch.randn(C)] + [torch.randn(B, C).to(dtype) for _ in range(2)]
+    rest = rest[: random.choice([2, 4])]
+    leaves = [t.double().requires_grad_() for t in (x, *rest)]
+    expected = ops.norm_silu_reference(*leaves[:3], groups, *leaves[3:])
+    expected = [expected.detach(), *torch.autograd.grad(expected, leaves, grad.double())]
+    weight, bias, scale, shift = rest if len(rest) == 4 else (*rest, None, None)
+    kernels = torch.ops.fused_ddpm
+    y, stats = kernels.norm_silu(x, weight, bias, scale, shift, groups, 1e-5)
+    grads = kernels.norm_silu_backward(grad, x, weight, bias, scale, shift, stats, groups)
+    for got, exact in zip((y, *grads), expected, strict=len(rest) == 4):
+        close = {torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(got.dtype, 2e-5)
+        size = exact.abs().max().item()
+        torch.testing.assert_close(got.double(), exact, rtol=close, atol=close * size)
+
+
 def check_sectors(library):
     """Colour images, a mask for each and the gradient: hardly more than has to be moved is asked
     for, in either layout."""
@@ -89,7 +108,7 @@ def main(library, count=400):
     for i in range(int(count)):
         random.seed(i), torch.manual_seed(i)
         try:
-            random.choice([posterior_case, loss_case])()
+            random.choice([posterior_case, loss_case, norm_case])()
         except Exception as error:
             raise SystemExit(f"case {i}: {error}") from error
     check_sectors(library)
