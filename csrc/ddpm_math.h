@@ -63,11 +63,13 @@ DDPM_HD double exp_limited(double x) { return exp(x); }
 // u sigmoid(u), and its derivative.
 template <class T>
 DDPM_HD T silu(T u) {
+  u = u < T(-1000) ? T(-1000) : u;  // e^x stops growing before that
   return u / (T(1) + exp_limited(-u));
 }
 
 template <class T>
 DDPM_HD T silu_grad(T u) {
+  u = u < T(-1000) ? T(-1000) : (u > T(1000) ? T(1000) : u);
   const T s = T(1) / (T(1) + exp_limited(-u));
   return s * (T(1) + u * (T(1) - s));
 }

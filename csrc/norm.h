@@ -22,12 +22,14 @@ inline void check_norm_silu(
   TORCH_CHECK_TYPE(x.is_floating_point(), op, ": x must be floating point, got ", x.scalar_type());
   TORCH_CHECK_VALUE(groups > 0 && x.size(1) % groups == 0, op, ": ", x.size(1), " channels are not ", groups, " groups");
   for (const at::Tensor& t : {weight, bias})
-    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), op, ": weight and bias must have shape (", x.size(1), ",)");
+    TORCH_CHECK_VALUE(
+        t.device() == x.device() && t.dim() == 1 && t.size(0) == x.size(1), op, ": weight and bias must have shape (",
+        x.size(1), ",) and be on ", x.device());
   TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), op, ": scale and shift go together");
   for (const auto& t : {scale, shift})
     TORCH_CHECK_VALUE(
-        !t || (t->dim() == 2 && t->size(0) == x.size(0) && t->size(1) == x.size(1)), op,
-        ": scale and shift must have shape (", x.size(0), ", ", x.size(1), ")");
+        !t || (t->device() == x.device() && t->dim() == 2 && t->size(0) == x.size(0) && t->size(1) == x.size(1)), op,
+        ": scale and shift must have shape (", x.size(0), ", ", x.size(1), ") and be on ", x.device());
 }
 
 inline at::TensorOptions wide_options(const at::Tensor& x) {

@@ -28,8 +28,11 @@ constexpr int64_t LANES = 256;  // about as many a row
 
 #define DDPM_NORM_LOOPS(T)                                                                                          \
   DDPM_CLONES void lane_sums(T* sum, const T* x, int64_t n, int64_t lanes) { DDPM_ROWS sum[j] += x[i + j]; }        \
-  DDPM_CLONES void lane_squares(T* sum, const T* x, const T* mean, int64_t n, int64_t lanes) {                      \
-    DDPM_ROWS sum[j] += (x[i + j] - mean[j]) * (x[i + j] - mean[j]);                                                \
+  DDPM_CLONES void lane_squares(T* sum, T* squares, const T* x, const T* mean, int64_t n, int64_t lanes) {          \
+    DDPM_ROWS {                                                                                                     \
+      const T off = x[i + j] - mean[j];                                                                             \
+      sum[j] += off, squares[j] += off * off;                                                                       \
+    }                                                                                                               \
   }                                                                                                                 \
   DDPM_CLONES void silu_rows(T* y, const T* x, const T* a, const T* b, int64_t n, int64_t lanes) {                  \
     DDPM_ROWS y[i + j] = silu<T>(a[j] * x[i + j] + b[j]);                                                           \
@@ -149,12 +152,16 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cpu(
       T *mean = numbers.data(), *rstd = mean + lanes, *a = rstd + lanes, *b = a + lanes;
       for (int64_t image = begin; image < end; ++image) {
         const T* source = widened(buffer.data(), from + image * n, n);
-        std::fill(mean, a, T(0));
+        std::fill(mean, b, T(0));
         lane_sums(mean, source, n, lanes);
         norm.fold(mean), norm.over_groups(mean), norm.repeat(mean);
-        lane_squares(rstd, source, mean, n, lanes);
-        norm.fold(rstd), norm.over_groups(rstd);
-        for (int64_t c = 0; c < norm.channels; ++c) rstd[c] = static_cast<T>(1 / std::sqrt(rstd[c] + eps));
+        // What rounding has left of the mean, in a, corrects both (Chan, Golub & LeVeque 1983).
+        lane_squares(a, rstd, source, mean, n, lanes);
+        norm.fold(rstd), norm.over_groups(rstd), norm.fold(a), norm.over_groups(a);
+        for (int64_t c = 0; c < norm.channels; ++c) {
+          mean[c] += a[c];
+          rstd[c] = static_cast<T>(1 / std::sqrt(std::max(rstd[c] - a[c] * a[c], T(0)) + eps));
+        }
         for (int64_t g = 0; g < groups; ++g) {
           kept[(image * groups + g) * 2] = mean[g * norm.group()];
           kept[(image * groups + g) * 2 + 1] = rstd[g * norm.group()];
@@ -188,7 +195,7 @@ NormGradients norm_silu_backward_cpu(
       const T* kept = stats.const_data_ptr<T>();
       T *sum = sums.mutable_data_ptr<T>(), *sum_x = sum + images * channels;
       at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> x_buffer(std::is_same_v<scalar_t, T> ? 0 : n), g_buffer(x_buffer), du(n), numbers(8 * lanes);
+        std::vector<T> x_buffer(std::is_same_v<scalar_t, T> ? 0 : n), g_buffer(x_buffer), numbers(8 * lanes);
         T *mean = numbers.data(), *rstd = mean + lanes, *a = rstd + lanes, *b = a + lanes, *s = b + lanes;
         T *s_x = s + lanes, *of_x = s_x + lanes, *rest = of_x + lanes;
         for (int64_t image = begin; image < end; ++image) {
@@ -201,7 +208,9 @@ NormGradients norm_silu_backward_cpu(
           norm.coefficients(a, b, mean, rstd, image);
           norm.repeat(mean), norm.repeat(rstd);
           std::fill(s, of_x, T(0));
-          silu_grad_rows(du.data(), s, s_x, gs, xs, a, b, mean, rstd, n, lanes);
+          scalar_t* to = dx.mutable_data_ptr<scalar_t>() + image * n;
+          T* du = destination(g_buffer.data(), to);
+          silu_grad_rows(du, s, s_x, gs, xs, a, b, mean, rstd, n, lanes);
           norm.fold(s), norm.fold(s_x);
           std::copy_n(s, channels, sum + image * channels), std::copy_n(s_x, channels, sum_x + image * channels);
           // With w what the normalised x is multiplied with, v = w du its gradient, means over the group:
@@ -216,10 +225,8 @@ NormGradients norm_silu_backward_cpu(
             rest[c] = -rstd[c] * s[c] - of_x[c] * mean[c];
           }
           norm.repeat(of_x), norm.repeat(rest);
-          scalar_t* to = dx.mutable_data_ptr<scalar_t>() + image * n;
-          T* made = destination(du.data(), to);
-          input_grad_rows(made, du.data(), xs, a, of_x, rest, n, lanes);
-          narrowed(to, made, n);
+          input_grad_rows(du, du, xs, a, of_x, rest, n, lanes);
+          narrowed(to, du, n);
         }
       });
     });

@@ -3,7 +3,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -33,8 +32,12 @@ template <class Acc>
 struct Numbers {
   const Acc *weight, *bias, *scale, *shift;  // the last two null where there are none
   int64_t channels, pixels;
-  int group;    // channels in one
+  int groups, group;  // channels in one
   double each;  // 1 / (values in one)
+
+  // A block has a group; those of an image follow each other, as they share sectors of memory.
+  __device__ int64_t image() const { return blockIdx.x / groups; }
+  __device__ int64_t first() const { return static_cast<int64_t>(blockIdx.x % groups) * group; }  // its first channel
 
   // What the normalised x is multiplied with, and what is added, for channel c of image b.
   __device__ Acc weighted(int64_t b, int64_t c) const { return weight[c] * (scale ? 1 + scale[b * channels + c] : Acc(1)); }
@@ -60,24 +63,23 @@ struct Walk {
 template <class T, class Acc>
 __global__ void __launch_bounds__(THREADS) forward_kernel(
     T* __restrict__ y, Acc* __restrict__ stats, const T* __restrict__ x, Numbers<Acc> numbers, double eps) {
-  const int64_t b = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * numbers.group, channels = numbers.channels;
+  const int64_t b = numbers.image(), first = numbers.first(), channels = numbers.channels;
   const int64_t corner = b * channels * numbers.pixels + first;
   const Walk walk(numbers.group);
   Acc sum = 0;
   for (int c = walk.channel; c < numbers.group; c += walk.width)
     walk.pixels(numbers.pixels, [&](int64_t p) { sum += static_cast<Acc>(x[corner + p * channels + c]); });
-  const Acc mean = static_cast<Acc>(block_sum(sum) * numbers.each);
-  Acc squares = 0;
+  const Acc near = static_cast<Acc>(block_sum(sum) * numbers.each);
+  Acc rest_of_mean = 0, squares = 0;  // what rounding has left of it, see norm_cpu.cpp
   for (int c = walk.channel; c < numbers.group; c += walk.width)
     walk.pixels(numbers.pixels, [&](int64_t p) {
-      const Acc off = static_cast<Acc>(x[corner + p * channels + c]) - mean;
-      squares += off * off;
+      const Acc off = static_cast<Acc>(x[corner + p * channels + c]) - near;
+      rest_of_mean += off, squares += off * off;
     });
-  const Acc rstd = 1 / sqrt(static_cast<Acc>(block_sum(squares) * numbers.each + eps));
-  if (threadIdx.x == 0) {
-    const int64_t at = 2 * (b * gridDim.y + blockIdx.y);
-    stats[at] = mean, stats[at + 1] = rstd;
-  }
+  const double off = block_sum(rest_of_mean) * numbers.each, variance = block_sum(squares) * numbers.each - off * off;
+  const Acc mean = static_cast<Acc>(near + off);
+  const Acc rstd = 1 / sqrt(static_cast<Acc>((variance > 0 ? variance : 0) + eps));
+  if (threadIdx.x == 0) stats[2 * blockIdx.x] = mean, stats[2 * blockIdx.x + 1] = rstd;
   for (int c = walk.channel; c < numbers.group; c += walk.width) {
     const Acc a = rstd * numbers.weighted(b, first + c), rest = numbers.added(b, first + c) - a * mean;
     walk.pixels(numbers.pixels, [&](int64_t p) {
@@ -94,9 +96,9 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
     const Acc* __restrict__ stats, Numbers<Acc> numbers) {
   __shared__ Acc parts[THREADS];
   __shared__ Acc parts_x[THREADS];
-  const int64_t b = blockIdx.x, first = static_cast<int64_t>(blockIdx.y) * numbers.group, channels = numbers.channels;
-  const int64_t corner = b * channels * numbers.pixels + first, images = gridDim.x;
-  const Acc mean = stats[2 * (b * gridDim.y + blockIdx.y)], rstd = stats[2 * (b * gridDim.y + blockIdx.y) + 1];
+  const int64_t b = numbers.image(), first = numbers.first(), channels = numbers.channels;
+  const int64_t corner = b * channels * numbers.pixels + first, images = gridDim.x / numbers.groups;
+  const Acc mean = stats[2 * blockIdx.x], rstd = stats[2 * blockIdx.x + 1];
   const Walk walk(numbers.group);
   const auto gradient = [&](int64_t i, Acc a, Acc rest) {  // of silu's argument
     return static_cast<Acc>(grad[i]) * silu_grad<Acc>(a * static_cast<Acc>(x[i]) + rest);
@@ -146,7 +148,7 @@ void with_numbers(
     const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<Acc>() : nullptr; };
     f(scalar_t{}, Numbers<Acc>{
                       data(w), data(b), data(s), data(t), x.size(1), x.size(2) * x.size(3),
-                      static_cast<int>(x.size(1) / groups), static_cast<double>(groups * x.size(0)) / x.numel()});
+                      static_cast<int>(groups), static_cast<int>(x.size(1) / groups), static_cast<double>(groups * x.size(0)) / x.numel()});
   });
 }
 
@@ -156,9 +158,9 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cuda(
   check_norm_silu(x_, weight, bias, scale, shift, groups);
   const c10::cuda::CUDAGuard guard(x_.device());
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), y = at::empty_like(x);
-  const at::Tensor stats = at::zeros({x.size(0), groups, 2}, wide_options(x));
-  if (x.numel() == 0) return {y, stats};
-  const dim3 grid(static_cast<unsigned>(x.size(0)), static_cast<unsigned>(groups));
+  const at::Tensor stats = at::empty({x.size(0), groups, 2}, wide_options(x));
+  if (x.numel() == 0) return {y, stats.zero_()};
+  const dim3 grid(static_cast<unsigned>(x.size(0) * groups));
   const auto stream = c10::cuda::getCurrentCUDAStream();
   with_numbers(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers) {
     using T = decltype(zero);
@@ -179,9 +181,11 @@ NormGradients norm_silu_backward_cuda(
   const c10::cuda::CUDAGuard guard(x_.device());
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), dx = at::empty_like(x);
   const at::Tensor grad = grad_.to(x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor sums = at::zeros({2, x.size(0), x.size(1)}, stats.options());
-  if (x.numel() > 0) {
-    const dim3 grid(static_cast<unsigned>(x.size(0)), static_cast<unsigned>(groups));
+  const at::Tensor sums = at::empty({2, x.size(0), x.size(1)}, stats.options());
+  if (x.numel() == 0) {
+    sums.zero_();
+  } else {
+    const dim3 grid(static_cast<unsigned>(x.size(0) * groups));
     const auto stream = c10::cuda::getCurrentCUDAStream();
     with_numbers(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers) {
       using T = decltype(zero);

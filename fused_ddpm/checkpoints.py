@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from fused_ddpm.files import UserError
 
-FORMAT = 2  # of checkpoints
+FORMAT = 3  # of checkpoints
 
 
 def tensors_of(content):

@@ -83,7 +83,7 @@ def get_classifier(data_dir, training, test, classes, device):
     key = hashlib.sha256(f"{RECIPE} {tuple(training[0].shape)} {classes}".encode())
     for tensor in training:
         key.update(tensor.contiguous().numpy())
-    name = f"classifier_{key.hexdigest()[:16]}.pt"
+    name = f"classifier_{FORMAT}_{key.hexdigest()[:16]}.pt"
     paths = [Path(data_dir, name), Path.home() / ".cache" / "fused_ddpm" / name]
     model = Classifier(training[0].shape[1], classes)
 

@@ -41,6 +41,8 @@ def _load_extension():
         torch.ops.load_library(library)
     except OSError as error:
         return (), f"cannot be loaded ({error}); to rebuild: pip install -e ."
+    if not hasattr(torch.ops.fused_ddpm, "norm_silu_backward"):
+        return (), "built from older sources; to rebuild: pip install -e ."
     return tuple(record["backends"]), reason
 
 
@@ -202,10 +204,22 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
 
 def norm_silu_reference(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
     """norm_silu in PyTorch."""
-    x = F.group_norm(x, groups, weight, bias, eps)
+    one, each = {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift}
+    wrong = [name for name, t in one.items() if t.shape != x.shape[1:2]]
+    wrong += [name for name, t in each.items() if t is not None and t.shape != x.shape[:2]]
+    if x.dim() != 4 or groups < 1 or x.shape[1] % groups or (scale is None) != (shift is None):
+        wrong.append(f"{groups} groups")
+    if wrong:
+        raise ValueError(f"norm_silu: {', '.join(wrong)} do not fit x of shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"norm_silu: x must be floating point, got {x.dtype}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight, bias, *film = (t if t is None else t.to(wide) for t in (weight, bias, scale, shift))
+    h = torch.group_norm(x.to(wide), groups, weight, bias, eps)
     if scale is not None:
-        x = torch.addcmul(shift[:, :, None, None], x, 1 + scale[:, :, None, None])
-    return F.silu(x)
+        scale, shift = (t[:, :, None, None] for t in film)
+        h = torch.addcmul(shift, h, 1 + scale)
+    return F.silu(h).to(x.dtype)
 
 
 def norm_silu(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
@@ -254,7 +268,7 @@ def _register():
     @torch.library.register_fake("fused_ddpm::norm_silu")
     def _(x, weight, bias, scale, shift, groups, eps):
         check_devices("norm_silu", x, weight=weight, bias=bias, scale=scale, shift=shift)
-        return channels_last(x), wide(x, len(x), groups, 2)
+        return channels_last(x), wide(x, x.shape[0], groups, 2)
 
     @torch.library.register_fake("fused_ddpm::norm_silu_backward")
     def _(grad, x, weight, bias, scale, shift, stats, groups):

@@ -102,19 +102,22 @@ def test_a_large_mean_a_constant_image_and_values_without_bounds():
     one, nil = torch.ones(16), torch.zeros(16)
     exact = norm_silu_reference(x.double(), one.double(), nil.double(), 8)
     torch.testing.assert_close(norm_silu(x, one, nil, 8).double(), exact, rtol=1e-3, atol=2e-3)
-    assert norm_silu(torch.full((1, 16, 4, 4), 7.0), one, nil, 8).abs().max() < 1e-3
+    assert norm_silu(torch.full((1, 16, 128, 128), 10.1), one, nil, 8).abs().max() < 1e-3
     far = torch.tensor([-1e4, -200.0, 200.0, 1e4]).view(1, 1, 2, 2)
     wide = norm_silu(far, 1e3 * one[:1], nil[:1], 1)
     expected = norm_silu_reference(far.double(), 1e3 * one[:1].double(), nil[:1].double(), 1)
     torch.testing.assert_close(wide.double(), expected, rtol=1e-5, atol=1e-5)
+    assert norm_silu(far, one[:1], torch.full((1,), -3e38), 1).abs().max() < 1e-30
     far[0, 0, 0, 0] = float("nan")
     for dtype in (torch.float32, torch.bfloat16):
         assert norm_silu(far.to(dtype), one[:1], nil[:1], 1).isnan().all()
     assert norm_silu(torch.zeros(0, 16, 4, 4), one, nil, 8).shape == (0, 16, 4, 4)
 
 
-@needs_extension
-def test_what_does_not_fit_is_refused():
+@pytest.mark.parametrize("extension", [pytest.param(True, marks=needs_extension), False])
+def test_what_does_not_fit_is_refused(monkeypatch, extension):
+    if not extension:
+        monkeypatch.setattr(ops, "BACKENDS", ())
     (x, weight, bias, scale, shift), _ = inputs((2, 4, 3, 3))
     for wrong in (
         (x[0], weight, bias, 2),
@@ -131,8 +134,30 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError):
         norm_silu(x.long(), weight, bias, 2)
     y = norm_silu(x, weight, bias, 2)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+    if extension:
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@needs_extension
+def test_compiled_code_takes_any_batch():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+    x = mode.from_tensor(torch.zeros(5, 8, 4, 4))
+    with mode:
+        norm_silu(x, torch.ones(8), torch.zeros(8), 2)
+    assert not [guard for guard in shapes.guards if "5" in str(guard.expr)]
+
+
+def test_the_reference_has_the_dtypes_of_the_extension(monkeypatch):
+    monkeypatch.setattr(ops, "BACKENDS", ())
+    (x, weight, bias, scale, shift), _ = inputs((2, 4, 3, 3), torch.bfloat16)
+    assert norm_silu(x, weight, bias, 2, scale.float(), shift.float()).dtype == torch.bfloat16
+    assert norm_silu(x.float(), weight.bfloat16(), bias.bfloat16(), 2).dtype == torch.float32
+    assert norm_silu(x[:, :, :1, :1], weight, bias, 4).shape == (2, 4, 1, 1)
 
 
 def test_a_layer_with_and_without_the_extension(monkeypatch):
