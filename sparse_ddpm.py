@@ -83,7 +83,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     mask_mode: str = flag("random_epoch", "when they change", ["random_epoch", "fixed", "random"])
     mask_pattern: str = flag("random", "random, block, grid, walk, several, learned, FILE.npy")
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
-    steps: int | None = flag(6000, "optimizer steps", full=None, later=True)
+    steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=50, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
     optimizer: str = flag("muon", "see optimizer.py", ["muon", "adam"], full="adam")
