@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import sparse_ddpm
 from fused_ddpm import posterior_step, seeded_normal
-from fused_ddpm.checkpoints import check_part
+from fused_ddpm.checkpoints import load_parts
 from fused_ddpm.config import ONCE, flag, make_parser, read_checkpoint
 from fused_ddpm.devices import open_device
 from fused_ddpm.files import UserError, in_one_line, occupied
@@ -86,9 +86,8 @@ def load(path, device="auto", amp="auto", **changes):
     model = make_model(facts["shape"], config, len(facts["class_names"]))
     model.requires_grad_(False).eval()
     try:
-        check_part(model, checkpoint["ema"])
-        model.load_state_dict(checkpoint["ema"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        load_parts({"ema": model}, checkpoint)
+    except ValueError as error:
         raise UserError(f"{path}: of another version of the network; train anew") from error
     return model, config, Scale(*(facts.get("scale") or []))
 

@@ -86,6 +86,18 @@ def load_checkpoint(path, script, look_through=_look_through):
     return checkpoint
 
 
+def load_parts(parts, saved):
+    """Load {name: module or optimizer} from what is saved, all or none; ValueError, of one line,
+    where that does not fit."""
+    try:
+        for name, part in parts.items():
+            check_part(part, saved[name])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error).strip().splitlines()[-1].strip()) from error
+
+
 def check_part(part, saved):
     """ValueError unless saved is what a module or an optimizer like this one would have saved."""
     if isinstance(part, nn.Module):

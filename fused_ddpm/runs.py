@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from fused_ddpm.checkpoints import FORMAT, check_part
+from fused_ddpm.checkpoints import FORMAT, load_parts
 from fused_ddpm.config import read_command_line
 from fused_ddpm.devices import open_device
 from fused_ddpm.files import UserError, in_one_line, occupy, write
@@ -184,16 +184,13 @@ class Run:
 
     def restore(self, **parts):
         """Load each part, name=module or optimizer, from the checkpoint if the run has one."""
-        self.parts, saved = parts, self.checkpoint
+        self.parts = parts
         try:
-            for name, part in parts.items() if saved else []:
-                check_part(part, saved[name])
-            for name, part in parts.items() if saved else []:
-                part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            wrong = str(error).strip().splitlines()[-1].strip()
+            if self.checkpoint:
+                load_parts(parts, self.checkpoint)
+        except ValueError as error:
             fits = f"does not fit --data {self.config.data} or this version of the network"
-            raise UserError(f"the checkpoint {fits}: {wrong}") from error
+            raise UserError(f"the checkpoint {fits}: {error}") from error
         if self.leads:
             self._take_folder()
 

@@ -9,15 +9,13 @@ import torch.nn.functional as F
 from fused_ddpm import norm_silu
 
 
-def group_norm(channels):
-    return nn.GroupNorm(math.gcd(8, channels), channels)
-
-
-class NormSilu(nn.GroupNorm):
-    """silu(norm(x) (1 + scale) + shift); scale, shift: (B, C), or neither."""
-
+class GroupNorm(nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(math.gcd(8, channels), channels)
+
+
+class NormSilu(GroupNorm):
+    """silu(norm(x) (1 + scale) + shift); scale, shift: (B, C), or neither."""
 
     def forward(self, x, scale=None, shift=None):
         return norm_silu(x, self.weight, self.bias, self.num_groups, scale, shift)
@@ -65,7 +63,7 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.heads = math.gcd(channels, max(1, channels // 64))
-        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.norm, self.qkv = GroupNorm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x, emb):

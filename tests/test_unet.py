@@ -12,11 +12,11 @@ import sparse_ddpm
 from fused_ddpm.config import preset_values
 from fused_ddpm.unet import (
     Attention,
+    GroupNorm,
     LinearAttention,
     ResBlock,
     TimeEmbedding,
     Unet,
-    group_norm,
     zero,
 )
 
@@ -68,7 +68,7 @@ def test_it_starts_as_nothing_and_its_blocks_as_the_identity():
 
 @pytest.mark.parametrize("channels, groups", [(8, 8), (12, 4), (33, 1), (128, 8)])
 def test_groups_divide_the_channels(channels, groups):
-    assert group_norm(channels).num_groups == groups
+    assert GroupNorm(channels).num_groups == groups
 
 
 def test_dropout_is_there_in_training_alone():
