@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 
 namespace fused_ddpm {
 
@@ -93,6 +94,9 @@ inline void check_masked_loss(
 inline at::ScalarType loss_dtype(const at::Tensor& pred) {
   return pred.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;  // what is computed in
 
 // A mask as the kernels read it: bytes, of which bool counts as 0 or 1, or float32.
 inline at::Tensor readable_mask(const std::optional<at::Tensor>& mask) {

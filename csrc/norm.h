@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "ddpm_math.h"
 #include "layout.h"
 
 namespace fused_ddpm {
@@ -43,11 +44,41 @@ inline void check_stats(const at::Tensor& stats, const at::Tensor& x, int64_t gr
       "norm_silu: stats are of another x");
 }
 
-// As the kernels read it: contiguous T, or nothing.
+// What the kernels read beside x.
 template <class T>
-at::Tensor as(const std::optional<at::Tensor>& t) {
-  return t ? t->to(c10::CppTypeToScalarType<T>::value).contiguous() : at::Tensor();
-}
+struct NormNumbers {
+  const T *weight, *bias, *scale, *shift;  // (C,) and (B, C); the last two null where there are none
+  int64_t channels, pixels;
+  int groups, group;  // how many, and of how many channels
+  double each;        // 1 / (values in a group)
+
+  // What the normalised x is multiplied with, and what is added, for channel c of image b.
+  DDPM_HD T weighted(int64_t b, int64_t c) const { return weight[c] * (scale ? 1 + scale[b * channels + c] : T(1)); }
+  DDPM_HD T added(int64_t b, int64_t c) const {
+    return bias[c] * (scale ? 1 + scale[b * channels + c] : T(1)) + (shift ? shift[b * channels + c] : T(0));
+  }
+};
+
+// The same with the tensors it lies in: contiguous T.
+template <class T>
+struct NormInputs : NormNumbers<T> {
+  at::Tensor tensors[4];
+
+  NormInputs(
+      const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
+      const std::optional<at::Tensor>& shift, int64_t groups)
+      : tensors{read(weight), read(bias), read(scale), read(shift)} {
+    const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
+    const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3), group = channels / groups;
+    static_cast<NormNumbers<T>&>(*this) = {
+        data(tensors[0]), data(tensors[1]), data(tensors[2]), data(tensors[3]), channels, pixels,
+        static_cast<int>(groups), static_cast<int>(group), 1.0 / (pixels * group)};
+  }
+
+  static at::Tensor read(const std::optional<at::Tensor>& t) {
+    return t ? t->to(c10::CppTypeToScalarType<T>::value).contiguous() : at::Tensor();
+  }
+};
 
 // From sums (2, B, C) over the pixels: of du, the gradient of silu's argument, and of du times the normalised x.
 inline NormGradients norm_gradients(

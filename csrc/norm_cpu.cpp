@@ -89,30 +89,20 @@ void narrowed(S* to, const T* from, int64_t n) {
   else for (int64_t i = 0; i < n; ++i) to[i] = static_cast<S>(from[i]);
 }
 
-// What the kernels read beside x, as T: contiguous, and of scale and shift nothing or (B, C).
 template <class T>
-struct Norm {
-  at::Tensor weight, bias, scale, shift;
-  int64_t channels, groups, pixels, lanes;
+struct Norm : NormInputs<T> {
+  using NormInputs<T>::channels, NormInputs<T>::group;
+  int64_t image, lanes;  // values of one; how long a row is
 
-  Norm(const at::Tensor& x, const at::Tensor& w, const at::Tensor& b, const std::optional<at::Tensor>& s,
-       const std::optional<at::Tensor>& t, int64_t groups)
-      : weight(as<T>(w)), bias(as<T>(b)), scale(as<T>(s)), shift(as<T>(t)), channels(x.size(1)), groups(groups), pixels(x.size(2) * x.size(3)),
-        lanes(channels * std::max<int64_t>(1, LANES / std::max<int64_t>(channels, 1))) {}
+  template <class... Args>
+  explicit Norm(const Args&... args)
+      : NormInputs<T>(args...), image(channels * this->pixels), lanes(channels * std::max<int64_t>(1, LANES / channels)) {}
 
-  static const T* at(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; }
-
-  int64_t image() const { return channels * pixels; }
-  int64_t group() const { return channels / groups; }
-  T weighted(int64_t b, int64_t c) const {  // what the normalised x is multiplied with
-    return at(weight)[c] * (scale.defined() ? 1 + at(scale)[b * channels + c] : 1);
-  }
   // silu's argument is a x + b.
   void coefficients(T* a, T* b, const T* mean, const T* rstd, int64_t image) const {
     for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = image * channels + c;
-      a[c] = rstd[c] * weighted(image, c);
-      b[c] = at(bias)[c] * (scale.defined() ? 1 + at(scale)[i] : 1) + (shift.defined() ? at(shift)[i] : 0) - a[c] * mean[c];
+      a[c] = rstd[c] * this->weighted(image, c);
+      b[c] = this->added(image, c) - a[c] * mean[c];
     }
     repeat(a), repeat(b);
   }
@@ -125,10 +115,10 @@ struct Norm {
   }
   // Over the channels of each group the mean of what `fold` leaves, in all of the group's channels.
   void over_groups(T* sum) const {
-    for (int64_t first = 0; first < channels; first += group()) {
+    for (int64_t first = 0; first < channels; first += group) {
       double total = 0;
-      for (int64_t c = first; c < first + group(); ++c) total += sum[c];
-      std::fill_n(sum + first, group(), static_cast<T>(total / (static_cast<double>(pixels) * group())));
+      for (int64_t c = first; c < first + group; ++c) total += sum[c];
+      std::fill_n(sum + first, group, static_cast<T>(total * this->each));
     }
   }
 };
@@ -139,11 +129,11 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cpu(
   check_norm_silu(x_, weight, bias, scale, shift, groups);
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), y = at::empty_like(x);
   const at::Tensor stats = at::empty({x.size(0), groups, 2}, wide_options(x));
-  if (x.numel() == 0) return {y, stats.fill_(0)};
+  if (x.numel() == 0) return {y, stats.zero_()};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_silu", [&] {
-    using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    using T = Wide<scalar_t>;
     const Norm<T> norm(x, weight, bias, scale, shift, groups);
-    const int64_t n = norm.image(), lanes = norm.lanes;
+    const int64_t n = norm.image, lanes = norm.lanes;
     const scalar_t* from = x.const_data_ptr<scalar_t>();
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     T* kept = stats.mutable_data_ptr<T>();
@@ -163,8 +153,8 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cpu(
           rstd[c] = static_cast<T>(1 / std::sqrt(std::max(rstd[c] - a[c] * a[c], T(0)) + eps));
         }
         for (int64_t g = 0; g < groups; ++g) {
-          kept[(image * groups + g) * 2] = mean[g * norm.group()];
-          kept[(image * groups + g) * 2 + 1] = rstd[g * norm.group()];
+          kept[(image * groups + g) * 2] = mean[g * norm.group];
+          kept[(image * groups + g) * 2 + 1] = rstd[g * norm.group];
         }
         norm.coefficients(a, b, mean, rstd, image);
         T* made = destination(buffer.data(), to + image * n);
@@ -186,12 +176,14 @@ NormGradients norm_silu_backward_cpu(
   const int64_t images = x.size(0), channels = x.size(1);
   check_stats(stats, x, groups);
   // Of each image and channel: the sums of du, and of du times the normalised x.
-  const at::Tensor sums = at::empty({2, images, channels}, stats.options()).fill_(0);
-  if (x.numel() > 0) {
+  const at::Tensor sums = at::empty({2, images, channels}, stats.options());
+  if (x.numel() == 0) {
+    sums.zero_();
+  } else {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_silu_backward", [&] {
-      using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+      using T = Wide<scalar_t>;
       const Norm<T> norm(x, weight, bias, scale, shift, groups);
-      const int64_t n = norm.image(), lanes = norm.lanes;
+      const int64_t n = norm.image, lanes = norm.lanes;
       const T* kept = stats.const_data_ptr<T>();
       T *sum = sums.mutable_data_ptr<T>(), *sum_x = sum + images * channels;
       at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
@@ -203,7 +195,7 @@ NormGradients norm_silu_backward_cpu(
           const T* gs = widened(g_buffer.data(), grad.const_data_ptr<scalar_t>() + image * n, n);
           for (int64_t g = 0, c = 0; g < groups; ++g) {
             const T* of_group = kept + 2 * (image * groups + g);
-            for (const int64_t end = c + norm.group(); c < end; ++c) mean[c] = of_group[0], rstd[c] = of_group[1];
+            for (const int64_t end = c + norm.group; c < end; ++c) mean[c] = of_group[0], rstd[c] = of_group[1];
           }
           norm.coefficients(a, b, mean, rstd, image);
           norm.repeat(mean), norm.repeat(rstd);

@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "block_sum.cuh"
 #include "ddpm_math.h"
 #include "norm.h"
 
@@ -15,35 +16,15 @@ namespace fused_ddpm::norm {
 
 constexpr int THREADS = 128;
 
-// The sum over the block, by a tree of fixed shape: the same bits each run.
-__device__ double block_sum(double mine) {
-  __shared__ double all[THREADS];
-  __syncthreads();  // an earlier sum has been read
-  all[threadIdx.x] = mine;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) all[threadIdx.x] += all[threadIdx.x + half];
-  }
-  __syncthreads();
-  return all[0];
-}
+// A block has a group; those of an image follow each other, as they share sectors of memory.
+struct Place {
+  int64_t image, first, corner;  // first: the group's first channel; corner: where its values begin
 
-template <class Acc>
-struct Numbers {
-  const Acc *weight, *bias, *scale, *shift;  // the last two null where there are none
-  int64_t channels, pixels;
-  int groups, group;  // channels in one
-  double each;  // 1 / (values in one)
-
-  // A block has a group; those of an image follow each other, as they share sectors of memory.
-  __device__ int64_t image() const { return blockIdx.x / groups; }
-  __device__ int64_t first() const { return static_cast<int64_t>(blockIdx.x % groups) * group; }  // its first channel
-
-  // What the normalised x is multiplied with, and what is added, for channel c of image b.
-  __device__ Acc weighted(int64_t b, int64_t c) const { return weight[c] * (scale ? 1 + scale[b * channels + c] : Acc(1)); }
-  __device__ Acc added(int64_t b, int64_t c) const {
-    return bias[c] * (scale ? 1 + scale[b * channels + c] : Acc(1)) + (shift ? shift[b * channels + c] : Acc(0));
-  }
+  template <class Acc>
+  __device__ explicit Place(const NormNumbers<Acc>& numbers)
+      : image(blockIdx.x / numbers.groups),
+        first(static_cast<int64_t>(blockIdx.x % numbers.groups) * numbers.group),
+        corner(image * numbers.channels * numbers.pixels + first) {}
 };
 
 // Each thread has a channel and every rows-th pixel, from `row`; with more channels than threads, several channels.
@@ -62,9 +43,9 @@ struct Walk {
 
 template <class T, class Acc>
 __global__ void __launch_bounds__(THREADS) forward_kernel(
-    T* __restrict__ y, Acc* __restrict__ stats, const T* __restrict__ x, Numbers<Acc> numbers, double eps) {
-  const int64_t b = numbers.image(), first = numbers.first(), channels = numbers.channels;
-  const int64_t corner = b * channels * numbers.pixels + first;
+    T* __restrict__ y, Acc* __restrict__ stats, const T* __restrict__ x, NormNumbers<Acc> numbers, double eps) {
+  const Place place(numbers);
+  const int64_t b = place.image, first = place.first, corner = place.corner, channels = numbers.channels;
   const Walk walk(numbers.group);
   Acc sum = 0;
   for (int c = walk.channel; c < numbers.group; c += walk.width)
@@ -93,11 +74,12 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(
 template <class T, class Acc>
 __global__ void __launch_bounds__(THREADS) backward_kernel(
     T* __restrict__ dx, Acc* __restrict__ sums, const T* __restrict__ grad, const T* __restrict__ x,
-    const Acc* __restrict__ stats, Numbers<Acc> numbers) {
+    const Acc* __restrict__ stats, NormNumbers<Acc> numbers) {
   __shared__ Acc parts[THREADS];
   __shared__ Acc parts_x[THREADS];
-  const int64_t b = numbers.image(), first = numbers.first(), channels = numbers.channels;
-  const int64_t corner = b * channels * numbers.pixels + first, images = gridDim.x / numbers.groups;
+  const Place place(numbers);
+  const int64_t b = place.image, first = place.first, corner = place.corner, channels = numbers.channels;
+  const int64_t images = gridDim.x / numbers.groups;
   const Acc mean = stats[2 * blockIdx.x], rstd = stats[2 * blockIdx.x + 1];
   const Walk walk(numbers.group);
   const auto gradient = [&](int64_t i, Acc a, Acc rest) {  // of silu's argument
@@ -137,18 +119,16 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
   }
 }
 
-// Calls f(T, Numbers) for x, channels_last, with what else the kernels read.
+// Calls f(T, numbers, grid, stream) for x, channels_last.
 template <class F>
-void with_numbers(
+void launch(
     const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& shift, int64_t groups, const F& f) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_silu", [&] {
-    using Acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const at::Tensor w = as<Acc>(weight), b = as<Acc>(bias), s = as<Acc>(scale), t = as<Acc>(shift);
-    const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<Acc>() : nullptr; };
-    f(scalar_t{}, Numbers<Acc>{
-                      data(w), data(b), data(s), data(t), x.size(1), x.size(2) * x.size(3),
-                      static_cast<int>(groups), static_cast<int>(x.size(1) / groups), static_cast<double>(groups * x.size(0)) / x.numel()});
+    const NormInputs<Wide<scalar_t>> inputs(x, weight, bias, scale, shift, groups);
+    const NormNumbers<Wide<scalar_t>>& numbers = inputs;
+    f(scalar_t{}, numbers, dim3(static_cast<unsigned>(x.size(0) * groups)), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
 
@@ -160,14 +140,11 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cuda(
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), y = at::empty_like(x);
   const at::Tensor stats = at::empty({x.size(0), groups, 2}, wide_options(x));
   if (x.numel() == 0) return {y, stats.zero_()};
-  const dim3 grid(static_cast<unsigned>(x.size(0) * groups));
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  with_numbers(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers) {
+  launch(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers, dim3 grid, auto stream) {
     using T = decltype(zero);
-    using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    using Acc = Wide<T>;
     forward_kernel<T, Acc><<<grid, THREADS, 0, stream>>>(
         y.mutable_data_ptr<T>(), stats.mutable_data_ptr<Acc>(), x.const_data_ptr<T>(), numbers, eps);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {y, stats};
 }
@@ -185,15 +162,12 @@ NormGradients norm_silu_backward_cuda(
   if (x.numel() == 0) {
     sums.zero_();
   } else {
-    const dim3 grid(static_cast<unsigned>(x.size(0) * groups));
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    with_numbers(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers) {
+    launch(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers, dim3 grid, auto stream) {
       using T = decltype(zero);
-      using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+      using Acc = Wide<T>;
       backward_kernel<T, Acc><<<grid, THREADS, 0, stream>>>(
           dx.mutable_data_ptr<T>(), sums.mutable_data_ptr<Acc>(), grad.const_data_ptr<T>(), x.const_data_ptr<T>(),
           stats.const_data_ptr<Acc>(), numbers);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
   return norm_gradients(dx, sums, weight, bias, scale);

@@ -319,7 +319,7 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
   // One partial sum a task, added up in order below: the same bits for any number of threads.
   std::vector<double> losses(count_tasks(images, p_at), 0.0);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
-    using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    using acc_t = Wide<scalar_t>;
     const scalar_t* p_data = pred.const_data_ptr<scalar_t>();
     const acc_t* t_data = target.const_data_ptr<acc_t>();
     acc_t* g_data = gradient ? grad.mutable_data_ptr<acc_t>() : nullptr;

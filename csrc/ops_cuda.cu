@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "block_sum.cuh"
 #include "ddpm_math.h"
 #include "layout.h"
 
@@ -296,19 +297,6 @@ struct Masks {
   }
 };
 
-// The sum over the block. A tree of fixed shape and no atomics: the same bits each run.
-__device__ double block_sum(double mine) {
-  __shared__ double all[THREADS];
-  __syncthreads();  // an earlier sum has been read
-  all[threadIdx.x] = mine;
-  for (int half = THREADS / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) all[threadIdx.x] += all[threadIdx.x + half];
-  }
-  __syncthreads();
-  return all[0];
-}
-
 // What the blocks of an earlier kernel have each summed up.
 struct Parts {
   double* sums;
@@ -446,7 +434,7 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
     using T = scalar_t;
-    using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    using Acc = Wide<T>;
     if (of_weights) {
       weights_kernel<Acc><<<weights_grid, THREADS, 0, stream>>>(
           total.parts, masks, static_cast<Acc>(cond_weight), images, own_weights, pixels,

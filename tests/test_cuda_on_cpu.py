@@ -13,7 +13,7 @@ import pytest
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
-SOURCE, SOURCES = HERE.parent.parent / "csrc", ["ops_cuda.cu", "norm_cuda.cu"]
+SOURCE, SOURCES = HERE.parent.parent / "csrc", ["block_sum.cuh", "ops_cuda.cu", "norm_cuda.cu"]
 COMPILER = os.environ.get("CXX", "g++")
 
 pytestmark = [
@@ -31,7 +31,7 @@ KERNEL_FLAGS = """-O1 -g1 -mfma -ffp-contract=fast -fsanitize=thread -fno-tree-s
 
 def as_cpp(text):
     """A .cu file as C++ for emulator.h; its sizes may come from the environment."""
-    text = re.sub(r"#include <c10/cuda/\w+\.h>", "", text)
+    text = re.sub(r"#include (<c10/cuda/\w+\.h>|\"\w+\.cuh\")|#pragma once", "", text)
     text = re.sub(
         r"(\w+<[^<>]*>|\w+)<<<(.*?)>>>\(\s*", r"emulator::Launch(\2)(\1, ", text, flags=re.S
     )
