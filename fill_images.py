@@ -125,6 +125,13 @@ def sample(model, image, observed, seeds, config):
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
     jobs = list(product(range(len(seeds)), range(parts), range(len(tiles.at))))
     x_t = seeded_normal(seeds, cond.shape)
+    for i, at in enumerate(tiles.at if parts > 1 else ()):  # in a tile's middle parts fit together
+        place, mine = (..., *at), tiles.nearest[at] == i
+        white, there = seeded_normal(seeds + i, x_t[place].shape[1:]), seen[place]
+        for state in (mine & (part_of[place] == part) for part in range(parts)):
+            if state.any():
+                coupled = model.fill.couple(white, there.expand_as(state), state)
+                x_t[place] = torch.where(state, coupled, x_t[place])
     for step in range(config.sample_steps):
         total = torch.zeros_like(x_t)
         for first in range(0, len(jobs), config.batch_size):

@@ -254,9 +254,10 @@ def make_sampler(model, shape, config, parts=None):
     @torch.no_grad()
     def sample(seeds, cond, cond_mask, *labels):
         whole, most = cond, config.sparsity[-1] if config.sample_steps > 1 else 0.0
+        white = seeded_normal(seeds, shape)
         for state, seen in in_parts(seeds, cond_mask, parts, most):
             context = *model.fill(whole * seen, seen, state), *labels
-            x_t = seeded_normal(seeds, shape)
+            x_t = model.fill.couple(white, seen, state) if parts and most else white
             for step in range(config.sample_steps):
                 x_t = reverse_step(x_t, step, seeds, *context)
                 yield torch.where(state, x_t, whole)

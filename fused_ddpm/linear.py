@@ -1,5 +1,6 @@
 """The best linear guess of a sparse image: what the network starts from."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -35,6 +36,7 @@ class LinearFill(nn.Module):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("covariance", torch.eye(n))
         self.register_buffer("said", torch.zeros(n, n), persistent=False)
+        self.root = None  # of the covariance, once it is needed
         self.register_buffer("place", torch.linspace(-7, 0, bins))  # log of a variance
         self.register_buffer("log_variance", torch.linspace(-7, 0, bins))
         self.register_buffer("scored", torch.tensor(1.0))  # fraction of the pixels, in training
@@ -64,11 +66,14 @@ class LinearFill(nn.Module):
         """From pairs of images (N, C, H, W) in [-1, 1] and what there is of them, bool (N, 1, H, W)
         or None for all. Where few of them show both of two pixels, the mean over all pairs at the
         same distance counts too: as much as is best for those held_out, as measure takes them.
+        Where pixels are missing that is but a start, if there are any to judge: see _completed.
         """
-        n, middle = len(self.covariance), None  # a number near the mean, for precision
+        n, middle, kept = len(self.covariance), None, []  # middle: near the mean, for precision
         squares, both, shown, sums = 0, 0, 0, 0
         for x, observed in batches:
             there = torch.ones_like(x[:, :1]) if observed is None else observed.to(x.dtype)
+            if observed is not None and len(kept) * len(x) * n < 2**24:
+                kept.append((x, observed))
             if middle is None:
                 middle = (x * there).sum() / there.expand_as(x).sum()
             off = (x - middle) * there
@@ -82,20 +87,65 @@ class LinearFill(nn.Module):
         self.mean.copy_(middle + mean)
         if not n:
             return
-        mean, least = mean.flatten(1), math.inf
-        off = squares - mean.T @ mean / len(mean) * both
-        typical = by_distance(off, both, *self.mean.shape[1:])
+        mean = mean.flatten(1)
+        self._choose(squares - mean.T @ mean / len(mean) * both, both, held_out)
+        for _ in range(COMPLETIONS if kept and held_out else 0):
+            self._choose(*self._completed(kept), held_out)
+        self._compare()
+
+    def _choose(self, off, both, held_out):
+        """The covariance, from sums of products and how many there were of each: if for those
+        held_out it is better than the present one. None: in any case."""
+        typical, least = by_distance(off, both, *self.mean.shape[1:]), math.inf
+        best = self.covariance.clone()
+        if held_out:
+            few = [x[:512] for x in held_out]
+            least = self._errors(*few)[0].mean()
         for prior in PRIORS if held_out else PRIORS[:1]:
             self.covariance.copy_(shrunk(off, both, typical, prior))
-            error = self._errors(*(x[:512] for x in held_out))[0].mean() if held_out else 0
+            error = self._errors(*few)[0].mean() if held_out else 0
             if not error >= least:  # nor where there is none, nothing being scored
                 least, best = error, self.covariance.clone()
         self.covariance.copy_(best)
-        self._compare()
+
+    def _completed(self, batches):
+        """Sums of products (H W, H W), and their number, of images completed by a draw each.
+
+        Stochastic EM (Celeux & Diebolt 1985): of pairs of which few images show both, those images
+        alone say little; here all pixels of an image have a say. The draw is of a model of lower
+        rank, y = W a + e (Tipping & Bishop 1999), since it is made of thousands of images.
+        """
+        values, vectors = torch.linalg.eigh(self.covariance)
+        rank = min(RANK, len(values) // 2)
+        noise = values[:-rank].mean().clamp(min=RIDGE)
+        W = vectors[:, -rank:] * (values[-rank:] - noise).clamp(min=0).sqrt()
+        g = torch.Generator(W.device).manual_seed(0)
+        sums, squares, count = 0, 0, 0
+        few = max(2**18 // len(W), 1)  # whose WO fit in memory
+        pieces = (zip(*(tensor.split(few) for tensor in pair), strict=True) for pair in batches)
+        for x, observed in itertools.chain(*pieces):
+            there = observed.flatten(1).to(W.dtype)[:, None]  # (N, 1, H W)
+            off = (x - self.mean).flatten(2) * there
+            WO = W * there.transpose(1, 2)
+            precision = WO.transpose(1, 2) @ WO
+            precision.diagonal(dim1=1, dim2=2).add_(noise)
+            y = torch.randn(*off.shape[:2], rank, generator=g, device=W.device) @ W.T
+            y += noise.sqrt() * torch.randn(y.shape, generator=g, device=W.device)
+            root = torch.linalg.cholesky_ex(precision)[0]
+            a = torch.cholesky_solve(((off - y) @ WO).transpose(1, 2), root)
+            y = torch.where(there > 0, off, y + a.transpose(1, 2) @ W.T)
+            sums, count = sums + y.sum(0), count + len(y)
+            y = y.flatten(0, 1)
+            squares = squares + y.T @ y
+        mean = sums / count
+        self.mean.add_(mean.view_as(self.mean))
+        count = count * len(mean)
+        return squares - mean.T @ mean / len(mean) * count, count
 
     def _compare(self):
         """What a pixel (row) says of another (column): r^2 / (1 - r^2), sharpened."""
         if len(self.covariance):
+            self.root = None
             size = self.covariance.diagonal().sqrt()
             r2 = (self.covariance / size / size[:, None]) ** 2
             self.said.copy_((r2 / (1 - r2).clamp(min=1e-3)) ** SHARP)
@@ -130,13 +180,7 @@ class LinearFill(nn.Module):
             filled, density = set_convolution(x, mask, self.fraction)
             return filled, 1 / (1 + density)
         (n, c, h, w), seen = x.shape, mask.flatten(1)
-        most = int(seen.sum(1).max())
-        there, o = seen.to(torch.uint8).sort(dim=1, descending=True, stable=True)
-        there, o = there[:, :most].bool(), o[:, :most]
-        among = self.covariance[o[:, :, None], o[:, None, :]]
-        if not there.all():  # where less is seen, equations that say 0 = 0
-            both = there[:, :, None] & there[:, None, :]
-            among = torch.where(both, among, torch.eye(most, device=x.device))
+        o, there, among = self._among(seen)
         at = o[:, :, None].expand(-1, -1, c)
         off = ((x - self.mean) * mask).flatten(2).transpose(1, 2).gather(1, at)
         weights = torch.cholesky_solve(off, torch.linalg.cholesky_ex(among)[0])
@@ -144,6 +188,47 @@ class LinearFill(nn.Module):
         filled = (weights.transpose(1, 2) @ self.covariance).view(x.shape) + self.mean
         said = (seen.to(x.dtype) @ self.said) ** (1 / SHARP)
         return filled, (self.covariance.diagonal() / (1 + said)).view(n, 1, h, w)
+
+    def _among(self, mask):
+        """(places (N, M), whether there is one, covariance (N, M, M)) of the pixels that are set in
+        a mask (N, H W); where an image has fewer than M, rows of the unit matrix."""
+        most = int(mask.sum(1).max())
+        there, o = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        there, o = there[:, :most].bool(), o[:, :most]
+        among = self.covariance[o[:, :, None], o[:, None, :]]
+        if not there.all():
+            both = there[:, :, None] & there[:, None, :]
+            among = torch.where(both, among, torch.eye(most, device=mask.device))
+        return o, there, among
+
+    def couple(self, white, seen, state):
+        """Noise x_T from which the state, some of the pixels, is to be drawn given the seen ones.
+
+        white: N(0, I), (N, C, H, W), the same for all parts of a draw; masks: bool (N, 1, H, W).
+        So is what comes back, on the state, so a part is drawn as well as from any noise. But parts
+        fit together as those of a Gaussian would: one image y is drawn from it, and where a part is
+        off from the best guess by a covariance S, its noise is S^(-1/2) (y - the guess of y). For a
+        Gaussian the flow from noise to image multiplies by S^(1/2), so the parts make up one draw.
+        """
+        if not len(self.covariance):
+            return white
+        if self.root is None:
+            self.root = torch.linalg.cholesky(self.covariance.double()).float()
+        field = (white.flatten(2) @ self.root.T).view_as(white) + self.mean
+        off = field - self._fill(field * seen, seen)[0]
+        s, there, among = self._among(state.flatten(1))
+        o, known, of_seen = self._among(seen.flatten(1))
+        both = known[:, :, None] & there[:, None, :]
+        between = torch.where(both, self.covariance[o[:, :, None], s[:, None, :]], 0)
+        root = torch.linalg.cholesky_ex(of_seen)[0]
+        gain = torch.linalg.solve_triangular(root, between, upper=False)
+        values, vectors = torch.linalg.eigh((among - gain.transpose(1, 2) @ gain).double())
+        at = s[:, None].expand(-1, white.shape[1], -1)
+        y = off.flatten(2).gather(2, at).double() @ vectors  # (N, C, M)
+        y = y / values.clamp(min=RIDGE)[:, None].sqrt() @ vectors.transpose(1, 2)
+        flat = white.flatten(2)
+        y = torch.where(there[:, None], y.to(white.dtype), flat.gather(2, at))
+        return flat.scatter(2, at, y).view_as(white)
 
     def forward(self, x, mask, state):
         """(x, mask, state, filled, variance): all that a network is told about a sparse image.
@@ -165,6 +250,7 @@ class LinearFill(nn.Module):
 
 LARGEST_SIDE = 64  # of images filled with the covariance of their pixels
 PRIORS = 100, 1000, 10**4, 10**5  # rows of data that the mean over pairs at a distance is worth
+COMPLETIONS, RANK = 2, 150  # how often, and by a model of what rank, missing pixels are drawn
 RIDGE = 1e-4  # added to variances: no pixel is known better than that
 SHARP = 3  # how much more the most telling one of the seen pixels counts
 

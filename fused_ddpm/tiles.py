@@ -14,7 +14,7 @@ class Tiles:
     """Tiles of an image: at, their (rows, columns); total += tile * window, / weight, blends them.
 
     An image less than a tile wide or high is padded. window: (side, side), smooth, largest in the
-    middle. weight: (H, W), the sum of the windows.
+    middle. weight: (H, W), the sum of the windows; nearest: (H, W), the tile of the largest.
     """
 
     def __init__(self, wanted, side):
@@ -27,8 +27,11 @@ class Tiles:
         bump = torch.sin((torch.arange(side) + 0.5) * torch.pi / side) ** 2
         self.window = (bump[:, None] * bump).to(wanted.device)
         self.weight = torch.zeros(wanted.shape, device=wanted.device)
-        for at in self.at:
+        self.nearest, most = torch.zeros_like(wanted, dtype=torch.long), self.weight.clone()
+        for i, at in enumerate(self.at):
             self.weight[at] += self.window
+            self.nearest[at] = torch.where(self.window > most[at], i, self.nearest[at])
+            most[at] = torch.maximum(most[at], self.window)
         self.weight.clamp_(min=1e-9)
         self.side = side
 

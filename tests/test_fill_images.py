@@ -11,8 +11,10 @@ from PIL import Image
 
 import fill_images
 import sparse_ddpm
+from fused_ddpm import seeded_normal
 from fused_ddpm.files import occupied
 from fused_ddpm.linear import where_next
+from fused_ddpm.masks import in_parts
 from fused_ddpm.pixels import read_picture, upright
 from fused_ddpm.tiles import Tiles
 
@@ -86,7 +88,13 @@ def test_a_prediction_pixel_by_pixel_has_no_seams(monkeypatch, observed_only):
         state = context[2]
         return torch.where(state, torch.tanh(2 * x_t) / 2 + 0.1 * x_t**2, 9.0), None
 
+    def nobodys(wanted, side):  # the noise of either is the same
+        tiles = Tiles(wanted, side)
+        tiles.nearest.fill_(-1)
+        return tiles
+
     monkeypatch.setattr(fill_images, "predict", predict)
+    monkeypatch.setattr(fill_images, "Tiles", nobodys)
     image, observed = 2 * torch.rand(3, 34, 34) - 1, torch.rand(34, 34) < 0.3
     results = []
     for side in (16, 34):
@@ -99,6 +107,40 @@ def test_a_prediction_pixel_by_pixel_has_no_seams(monkeypatch, observed_only):
     assert results[0][:, :, ~observed].abs().max() < 1  # and never the 9
 
 
+def test_noise_that_makes_parts_fit_together_is_white_over_all_tiles(monkeypatch):
+    """Within a part, that is: there values have variance 1, and neighbours do not hang together."""
+    config = make_config(sparse_ddpm, observed_only=0.5, batch_size=64, sample_steps=1)
+    model, place = sparse_ddpm.make_model((1, 16, 16), config), torch.arange(16.0)
+    place, started = torch.cartesian_prod(place, place), []
+    near = (-((torch.cdist(place, place) / 2) ** 2)).exp()
+    model.fill.covariance.copy_(near + 0.01 * torch.eye(256))
+    model.fill.load_state_dict(model.fill.state_dict())
+    model.fill.scored.fill_(0.3)
+
+    def step(x_t, *rest):
+        started.append(x_t)
+        return x_t
+
+    monkeypatch.setattr(fill_images, "posterior_step", step)
+    observed = torch.rand(27, 38, generator=torch.Generator().manual_seed(0)) < 0.2
+    seeds = torch.arange(40) * 999
+    list(fill_images.sample(model, torch.zeros(1, 27, 38), observed, seeds, config))
+    x, there = started[0][:, 0], ~observed
+    assert (x == seeded_normal(seeds, (1, 27, 38))[:, 0])[:, there].float().mean() < 0.01
+    n = 40 * int(there.sum())
+    assert x[:, there].mean().abs() < 4 / n**0.5 and (x[:, there].var() - 1).abs() < 6 / n**0.5
+    seen = observed.expand(40, 1, 27, 38)
+    parts = model.fill.parts((~observed).float().mean().item())
+    parts = torch.cat([state for state, _ in in_parts(seeds, seen, parts, 0.0)], dim=1)
+    for down, right in (0, 1), (1, 0), (1, 1), (0, 2), (2, 0):
+        product = x[:, None, : 27 - down, : 38 - right] * x[:, None, down:, right:]
+        same = (parts[:, :, : 27 - down, : 38 - right] & parts[:, :, down:, right:]).any(1)[:, None]
+        both = there[: 27 - down, : 38 - right] & there[down:, right:]
+        assert product[same].mean().abs() < 4 / same.sum() ** 0.5
+        if down + right == 1:  # what it is for
+            assert product[both & ~same].mean() > 0.3
+
+
 def test_tiles_cover_what_is_wanted_and_no_more():
     wanted = torch.zeros(20, 70, dtype=torch.bool)
     wanted[5:9, 40:44] = True
@@ -109,6 +151,7 @@ def test_tiles_cover_what_is_wanted_and_no_more():
     for at in tiles.at:
         total[at] += tiles.window
     torch.testing.assert_close((total / tiles.weight)[tiles.pad(wanted)], torch.ones(16))
+    assert tiles.nearest[0, 30:].tolist() == [0] * 10 + [1] * 11 + [2] * 19
 
 
 def test_draws_of_a_large_image_hang_on_neither_batch_nor_other_files(folder, checkpoint):

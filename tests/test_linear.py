@@ -10,7 +10,7 @@ from fused_ddpm import linear
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.folders import Part
 from fused_ddpm.linear import PRIORS, RIDGE, SHARP, LinearFill, telling_order
-from fused_ddpm.masks import hide, make_masks, observe
+from fused_ddpm.masks import hide, in_parts, make_masks, observe
 
 
 def covariance_of(side, reach=2.0):
@@ -102,6 +102,55 @@ def test_what_pixels_say_is_as_written():
         assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.8  # it orders pixels by it
 
 
+
+# -- noise for an image that is drawn in parts -----------------------------------------------------
+
+
+def test_coupled_noise_is_white_where_it_is_drawn_from():
+    fill, n = fill_of(covariance_of(6)), 36
+    seen, state = random_seen(1, 6, [7]), random_seen(1, 6, [11], seed=1)
+    state &= ~seen
+    unit = torch.eye(n).view(n, 1, 6, 6)
+    at = state.flatten()
+    z = fill.couple(unit, seen.expand(n, 1, 6, 6), state.expand(n, 1, 6, 6)).flatten(1)
+    assert torch.equal(z[:, ~at], torch.eye(n)[:, ~at])
+    torch.testing.assert_close(z[:, at].T @ z[:, at], torch.eye(int(at.sum())), atol=1e-4, rtol=0)
+
+
+def test_parts_from_coupled_noise_make_up_one_draw_of_a_gaussian():
+    covariance, n, channels = covariance_of(8), 3, 2
+    fill, keys = fill_of(covariance, channels), torch.tensor([5, 6, 7])
+    seen, g = random_seen(n, 8, [10, 14, 1]), torch.Generator().manual_seed(3)
+    x, white = (torch.randn(n, channels, 8, 8, generator=g) for _ in "12")
+    whole, states = x * seen, 0
+    for state, known in in_parts(keys, seen, 3, 0.4):
+        z = fill.couple(white, known, state).double()
+        guess = fill._fill(whole * known, known)[0]
+        for i in range(n):  # the exact flow: of the noise, times the root of the covariance
+            s, o = state[i].flatten(), known[i].flatten()
+            gain = covariance[s][:, o] @ covariance[o][:, o].inverse()
+            values, vectors = torch.linalg.eigh(covariance[s][:, s] - gain @ covariance[o][:, s])
+            root = vectors * values.sqrt() @ vectors.T
+            drawn = guess[i].flatten(1)[:, s].double() + z[i].flatten(1)[:, s] @ root
+            whole[i].flatten(1)[:, s] = drawn.float()
+        states = states + state.int()
+    assert torch.equal(states, (~seen).int())
+    root = torch.linalg.cholesky(covariance)
+    field = fill.mean.double() + (white.flatten(2).double() @ root.T).view(x.shape)
+    for i in range(n):  # Matheron: a draw of all, moved to what is seen
+        off = (x[i] - field[i]).flatten(1)
+        moved, _ = conditional(torch.zeros(channels, 8, 8), covariance, off, seen[i])
+        expected = (field[i].flatten(1) + moved).view(channels, 8, 8)
+        torch.testing.assert_close(whole[i].double(), expected, atol=2e-3, rtol=0)
+
+
+def test_coupled_noise_of_large_images_is_that_given():
+    fill = LinearFill((1, 80, 80), 0.2)
+    white = torch.randn(2, 1, 80, 80)
+    mask = random_seen(2, 80, [100, 200])
+    assert torch.equal(fill.couple(white, mask, ~mask), white)
+
+
 # -- fitting ---------------------------------------------------------------------------------------
 
 
@@ -159,6 +208,48 @@ def test_images_of_which_60_percent_are_missing_teach_the_same():
         noise = 1.2 / (0.16 * n)  # of a covariance from as many pairs as are observed
         assert errors[-1] < noise and (fill.mean - mean_of(1, 8)).abs().max() < 2 * noise**0.5
     assert excess[1] < 1.03 < excess[0] < 1.15  # of the least squared error there is
+
+
+def smooth_covariance(side):
+    """Of images that a few waves tell: what completing them is good for."""
+    place = torch.cartesian_prod(*[torch.arange(side, dtype=torch.float64)] * 2)
+    size = 0.3 + 0.02 * place.sum(1)
+    near = torch.exp(-((torch.cdist(place, place) / 4) ** 2))
+    return size * size[:, None] * near + 0.01 * torch.eye(side**2)
+
+
+def test_images_completed_by_draws_have_the_covariance_they_are_drawn_by():
+    """And from that of other images they come nearer to it, also for each channel's mean."""
+    covariance = smooth_covariance(8)
+    x, observed = observe(Part(gaussian_images(covariance, 8000, 2), None), torch.arange(8000), 0.4)
+    for start in (covariance, 1.5 * covariance.diagonal().diag() + 0.5 * covariance):
+        fill = fill_of(start, channels=2)
+        fill.mean.sub_(0.2)
+        before = (start - covariance).norm() / covariance.norm()
+        batches = list(zip(x.split(4000), observed.split(4000), strict=True))
+        for _ in range(3):
+            sums, count = fill._completed(batches)
+            assert count == 16_000
+            fill.covariance.copy_(sums / count)
+        after = (fill.covariance - covariance).norm() / covariance.norm()
+        assert after < (0.04 if before == 0 else 0.3 * before)
+        assert (fill.mean - mean_of(2, 8)).abs().max() < 0.03
+
+
+def test_completed_images_tell_more_than_the_pairs_there_are(monkeypatch):
+    covariance, error = smooth_covariance(12), []
+    truth, seen = gaussian_images(covariance, 300, seed=1), random_seen(300, 12, [29] * 300)
+    x, observed = with_gaps(covariance, 1200)
+    masks = make_masks(torch.arange(1000, 1200), 0, 12, SETTINGS, observed[1000:])
+    for completions in (0, 2):
+        monkeypatch.setattr(linear, "COMPLETIONS", completions)
+        fill = LinearFill((1, 12, 12), 0.2)
+        fill.fit([(x[:1000], observed[:1000])], (x[1000:], *masks))
+        off = fill._fill(truth * seen, seen)[0] - truth
+        error.append(off[~seen].square().mean().item())
+    off = fill_of(covariance)._fill(truth * seen, seen)[0] - truth
+    least = off[~seen].square().mean().item()
+    assert error[1] - least < 0.7 * (error[0] - least)
 
 
 def test_with_few_images_distance_alone_tells_the_covariance():

@@ -173,6 +173,18 @@ def test_the_residual_has_variance_one_at_every_t():
 SIDE, COUNT = 4, 20_000
 
 
+class PoorGuess:
+    """A LinearFill that knows little, and couples nothing unless it is given one that does."""
+
+    def __init__(self, filled, variance):
+        self.filled, self.variance = filled, variance
+        self.couple = lambda white, seen, state: white
+
+    def __call__(self, cond, mask, state):
+        like = torch.ones_like(cond)
+        return cond, mask, state, self.filled * like, self.variance * like
+
+
 class LinearDenoiser:
     """E[x_0 | x_t, x_O] of data N(mean, covariance), as the network whose residual leads to it."""
 
@@ -185,10 +197,7 @@ class LinearDenoiser:
         self.seen[[1, 6, 11, 12]] = True
         self.value = torch.tensor([0.3, -0.2, 0.1, 0.25], dtype=torch.float64)
         self.alphas_cumprod, self.variance, self.filled = alphas_cumprod, 0.07, 0.15
-
-    def fill(self, cond, mask, state):
-        like = torch.ones_like(cond)
-        return cond, mask, state, self.filled * like, self.variance * like
+        self.fill = PoorGuess(self.filled, self.variance)
 
     def posterior(self):
         """(mean, covariance) of x_0 given the seen pixels."""
@@ -283,8 +292,8 @@ def test_in_parts_the_marginals_are_the_posteriors(sampler, narrow):
     """Of images of which nothing but the observed pixels was ever read; 25 of 1000 steps.
 
     Each pixel's moments are the mean over all the blocks that it can be in: as sampled, and by the
-    papers' formulas. Where training has shown no more than is seen, parts know nothing of each
-    other: single draws have grain.
+    papers' formulas. Parts know nothing of each other, where training has shown no more than is
+    seen and their noise is not coupled.
     """
     options = dict(image_size=SIDE, num_timesteps=1000, sampler=sampler, observed_only=0.4)
     config, n, parts = make_config(script, **options, sample_steps=25), 6000, 3
@@ -329,6 +338,34 @@ def test_in_parts_the_marginals_are_the_posteriors(sampler, narrow):
     m, c = moments(replace(config, sample_steps=300))
     torch.testing.assert_close(m, exact_mean[u], rtol=0, atol=1e-4)
     torch.testing.assert_close(c.diagonal().sqrt(), exact_std, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("blind", [True, False])
+def test_coupled_parts_that_do_not_see_each_other_are_drawn_from_the_posterior(blind):
+    """All pixels together; of independent noise they are not."""
+    options = dict(image_size=SIDE, num_timesteps=1000, observed_only=0.4)
+    config, n = make_config(script, **options, sample_steps=60), 6000
+    net = BlockDenoiser(script.make_schedule("cosine", 1000))
+    if not blind:
+        known = LinearFill((1, SIDE, SIDE), 0.2)
+        known.covariance.copy_(net.covariance)
+        known.load_state_dict(known.state_dict())
+        net.fill.couple = known.couple
+    mask = net.seen.view(1, 1, SIDE, SIDE).expand(n, -1, -1, -1)
+    cond = torch.zeros(SIDE**2)
+    cond[net.seen] = net.value.float()
+    cond = cond.view(1, 1, SIDE, SIDE).expand(n, -1, -1, -1).contiguous()
+    *_, x = script.make_sampler(net, (1, SIDE, SIDE), config, 3)(torch.arange(n), cond, mask)
+    x, u = x.flatten(1).double()[:, ~net.seen], ~net.seen
+    m, c = (moment[u] for moment in net.posterior())
+    std = c[:, u].diagonal().sqrt()
+    assert ((x.mean(0) - m).abs() < 4.5 * std / n**0.5).all()
+    ratio = x.std(0) / std
+    assert 0.94 < ratio.min() and ratio.max() < 1.04
+    expected = c[:, u] / std / std[:, None]
+    off = (torch.corrcoef(x.T) - expected).abs().max()
+    sums = x.sum(1).var() / c[:, u].sum()  # of the mean of the whole image
+    assert (off > 0.2 and sums < 0.7) if blind else (off < 0.07 and 0.9 < sums < 1.06)
 
 
 class JointDenoiser(LinearDenoiser):
