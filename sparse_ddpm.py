@@ -19,11 +19,10 @@ spread says where the network is guessing. One call from pure noise is the poste
 x_t is made from all pixels: so far this is training on complete images with a masked loss. With
 --observed-only x_t is on the target pixels alone; the minimiser is E[x_target | x_t, x_seen] all
 the same, and a pixel that is neither seen nor a target is never read, and need not exist. Sampling
-cuts the unseen pixels into parts as large, each of which gets a reverse process of its own.
+cuts the unseen pixels into parts as large, each drawn by itself, from noise that is coupled.
 
     python sparse_ddpm.py --sparsity 0.2                         # train, reconstruct, draw
     python sparse_ddpm.py --observed-only 0.4                    # of each image 60% is never read
-    python sparse_ddpm.py --class-labels --sparsity 0.05         # and told the class
     python sparse_ddpm.py --sample out/sparse_ddpm/last.pt --num-draws 16 --out-dir out/more
 
 Measured: the first command, on Fashion-MNIST, takes 6 minutes on two cores of a Xeon. On 256 test
