@@ -125,9 +125,11 @@ def sample(model, image, observed, seeds, config):
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
     jobs = list(product(range(len(seeds)), range(parts), range(len(tiles.at))))
     x_t = seeded_normal(seeds, cond.shape)
-    for i, at in enumerate(tiles.at if parts > 1 else ()):  # in a tile's middle parts fit together
+    several = parts > 1 and config.sample_steps > 1 and len(model.fill.covariance)
+    for i, at in enumerate(tiles.at if several else ()):  # in a tile's middle parts fit together
         place, mine = (..., *at), tiles.nearest[at] == i
-        white, there = seeded_normal(seeds + i, x_t[place].shape[1:]), seen[place]
+        there, shape = seen[place], x_t[place].shape[1:]
+        white = seeded_normal(seeds, shape, step=i, steps=len(tiles.at))
         for state in (mine & (part_of[place] == part) for part in range(parts)):
             if state.any():
                 coupled = model.fill.couple(white, there.expand_as(state), state)

@@ -1,5 +1,6 @@
 """Filling in without a network: what a network starts from, and has to beat."""
 
+import copy
 import functools
 import math
 from pathlib import Path
@@ -143,8 +144,9 @@ def baselines(found, data, config, fill=None):
     truth, mask = 2 * found["truth"] - 1, found["cond_mask"]
     made = {"convolution": interpolate(truth, mask, mask.float().mean().item())}
     if fill:
+        fill = copy.deepcopy(fill).cpu()
         parts = zip((truth * mask).split(64), mask.split(64), strict=True)
-        made["linear"] = torch.cat([fill.cpu()(x, m, m)[3] for x, m in parts])
+        made["linear"] = torch.cat([fill(x, m, m)[3] for x, m in parts])
     whole = truth[0].numel() <= LARGEST and "observed" not in found
     if config.baselines and whole and (gaussian := GaussianFill.of(data, config)):
         made["gaussian"], std = gaussian.fill(truth, mask)

@@ -36,7 +36,7 @@ class LinearFill(nn.Module):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("covariance", torch.eye(n))
         self.register_buffer("said", torch.zeros(n, n), persistent=False)
-        self.root = None  # of the covariance, once it is needed
+        self.register_buffer("root", None, persistent=False)  # of the covariance, once needed
         self.register_buffer("place", torch.linspace(-7, 0, bins))  # log of a variance
         self.register_buffer("log_variance", torch.linspace(-7, 0, bins))
         self.register_buffer("scored", torch.tensor(1.0))  # fraction of the pixels, in training
@@ -68,12 +68,14 @@ class LinearFill(nn.Module):
         same distance counts too: as much as is best for those held_out, as measure takes them.
         Where pixels are missing that is but a start, if there are any to judge: see _completed.
         """
-        n, middle, kept = len(self.covariance), None, []  # middle: near the mean, for precision
+        n, middle = len(self.covariance), None  # middle: near the mean, for precision
         squares, both, shown, sums = 0, 0, 0, 0
+        kept, room = [], 2**24 // n if n else 0  # some of those with gaps
         for x, observed in batches:
             there = torch.ones_like(x[:, :1]) if observed is None else observed.to(x.dtype)
-            if observed is not None and len(kept) * len(x) * n < 2**24:
+            if room > 0 and not there.all():
                 kept.append((x, observed))
+                room -= len(x)
             if middle is None:
                 middle = (x * there).sum() / there.expand_as(x).sum()
             off = (x - middle) * there
@@ -84,38 +86,43 @@ class LinearFill(nn.Module):
                 squares = squares + off.T @ off
                 both = both + (len(off) if observed is None else there.T @ there)
         mean = (sums + 10 * sums.sum() / shown.sum() / len(sums)) / (shown + 10)
-        self.mean.copy_(middle + mean)
         if not n:
+            self.mean.copy_(middle + mean)
             return
-        mean = mean.flatten(1)
-        self._choose(squares - mean.T @ mean / len(mean) * both, both, held_out)
-        for _ in range(COMPLETIONS if kept and held_out else 0):
-            self._choose(*self._completed(kept), held_out)
+        judges = held_out and [x[:512] for x in held_out]
+        if judges and not judges[2].any():  # nothing is scored
+            judges = None
+        off = squares - mean.flatten(1).T @ mean.flatten(1) / len(mean) * both
+        least = self._choose(math.inf, middle + mean, off, both, judges)
+        for _ in range(COMPLETIONS if kept and judges else 0):
+            before, least = least, self._choose(least, *self._completed(kept), judges)
+            if least == before:
+                break
         self._compare()
 
-    def _choose(self, off, both, held_out):
-        """The covariance, from sums of products and how many there were of each: if for those
-        held_out it is better than the present one. None: in any case."""
-        typical, least = by_distance(off, both, *self.mean.shape[1:]), math.inf
-        best = self.covariance.clone()
-        if held_out:
-            few = [x[:512] for x in held_out]
-            least = self._errors(*few)[0].mean()
-        for prior in PRIORS if held_out else PRIORS[:1]:
+    def _choose(self, least, mean, off, both, judges):
+        """The least squared error for the judges: so far, or if that is less by this mean and these
+        sums of products, both their numbers, which then are kept. Without judges they are kept."""
+        typical = by_distance(off, both, *mean.shape[1:])
+        best = self.mean.clone(), self.covariance.clone()
+        self.mean.copy_(mean)
+        for prior in PRIORS if judges else PRIORS[:1]:
             self.covariance.copy_(shrunk(off, both, typical, prior))
-            error = self._errors(*few)[0].mean() if held_out else 0
-            if not error >= least:  # nor where there is none, nothing being scored
-                least, best = error, self.covariance.clone()
-        self.covariance.copy_(best)
+            error = self._errors(*judges)[0].mean().item() if judges else 0
+            if error < least:
+                least, best = error, (self.mean.clone(), self.covariance.clone())
+        self.mean.copy_(best[0])
+        self.covariance.copy_(best[1])
+        return least
 
     def _completed(self, batches):
-        """Sums of products (H W, H W), and their number, of images completed by a draw each.
+        """(mean, sums of products (H W, H W), their number) of images completed by a draw each.
 
         Stochastic EM (Celeux & Diebolt 1985): of pairs of which few images show both, those images
         alone say little; here all pixels of an image have a say. The draw is of a model of lower
         rank, y = W a + e (Tipping & Bishop 1999), since it is made of thousands of images.
         """
-        values, vectors = torch.linalg.eigh(self.covariance)
+        values, vectors = (x.float() for x in torch.linalg.eigh(self.covariance.double()))
         rank = min(RANK, len(values) // 2)
         noise = values[:-rank].mean().clamp(min=RIDGE)
         W = vectors[:, -rank:] * (values[-rank:] - noise).clamp(min=0).sqrt()
@@ -137,10 +144,10 @@ class LinearFill(nn.Module):
             sums, count = sums + y.sum(0), count + len(y)
             y = y.flatten(0, 1)
             squares = squares + y.T @ y
-        mean = sums / count
-        self.mean.add_(mean.view_as(self.mean))
+        mean = sums / (count + 10)
         count = count * len(mean)
-        return squares - mean.T @ mean / len(mean) * count, count
+        off = squares - mean.T @ mean / len(mean) * count
+        return self.mean + mean.view_as(self.mean), off, count
 
     def _compare(self):
         """What a pixel (row) says of another (column): r^2 / (1 - r^2), sharpened."""
@@ -205,30 +212,30 @@ class LinearFill(nn.Module):
         """Noise x_T from which the state, some of the pixels, is to be drawn given the seen ones.
 
         white: N(0, I), (N, C, H, W), the same for all parts of a draw; masks: bool (N, 1, H, W).
-        So is what comes back, on the state, so a part is drawn as well as from any noise. But parts
-        fit together as those of a Gaussian would: one image y is drawn from it, and where a part is
-        off from the best guess by a covariance S, its noise is S^(-1/2) (y - the guess of y). For a
-        Gaussian the flow from noise to image multiplies by S^(1/2), so the parts make up one draw.
+        Of the state the result is N(0, I), too, but such that for DDIM without noise the parts of a
+        draw fit together as those of a Gaussian would: white makes one image y of the images'
+        covariance, and where it is off from its best guess by a covariance S, the noise is S^(-1/2)
+        (y - guess). For a Gaussian the flow from noise to image multiplies by S^(1/2).
         """
         if not len(self.covariance):
             return white
         if self.root is None:
-            self.root = torch.linalg.cholesky(self.covariance.double()).float()
-        field = (white.flatten(2) @ self.root.T).view_as(white) + self.mean
-        off = field - self._fill(field * seen, seen)[0]
-        s, there, among = self._among(state.flatten(1))
+            self.root = torch.linalg.cholesky_ex(self.covariance.double())[0]
+        y = white.flatten(2).double() @ self.root.T
+        s, there, of_state = self._among(state.flatten(1))
         o, known, of_seen = self._among(seen.flatten(1))
-        both = known[:, :, None] & there[:, None, :]
-        between = torch.where(both, self.covariance[o[:, :, None], s[:, None, :]], 0)
-        root = torch.linalg.cholesky_ex(of_seen)[0]
-        gain = torch.linalg.solve_triangular(root, between, upper=False)
-        values, vectors = torch.linalg.eigh((among - gain.transpose(1, 2) @ gain).double())
-        at = s[:, None].expand(-1, white.shape[1], -1)
-        y = off.flatten(2).gather(2, at).double() @ vectors  # (N, C, M)
-        y = y / values.clamp(min=RIDGE)[:, None].sqrt() @ vectors.transpose(1, 2)
-        flat = white.flatten(2)
-        y = torch.where(there[:, None], y.to(white.dtype), flat.gather(2, at))
-        return flat.scatter(2, at, y).view_as(white)
+        cross = self.covariance[o[:, :, None], s[:, None, :]]
+        cross = torch.where(known[:, :, None] & there[:, None, :], cross, 0).double()
+        s, o = (x[:, None].expand(-1, white.shape[1], -1) for x in (s, o))
+        y_o = torch.where(known[:, None], y.gather(2, o), 0).mT
+        root = torch.linalg.cholesky_ex(of_seen.double())[0]
+        solved = torch.linalg.solve_triangular(root, torch.cat([cross, y_o], dim=2), upper=False)
+        gain, y_o = solved[:, :, : s.shape[2]], solved[:, :, s.shape[2] :]
+        values, vectors = torch.linalg.eigh(of_state.double() - gain.mT @ gain)
+        off = (y.gather(2, s) - y_o.mT @ gain) @ vectors / values.clamp(min=RIDGE)[:, None].sqrt()
+        flat, coupled = white.flatten(2), (off @ vectors.mT).to(white.dtype)
+        coupled = torch.where(there[:, None], coupled, flat.gather(2, s))
+        return flat.scatter(2, s, coupled).view_as(white)
 
     def forward(self, x, mask, state):
         """(x, mask, state, filled, variance): all that a network is told about a sparse image.

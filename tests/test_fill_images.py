@@ -88,7 +88,7 @@ def test_a_prediction_pixel_by_pixel_has_no_seams(monkeypatch, observed_only):
         state = context[2]
         return torch.where(state, torch.tanh(2 * x_t) / 2 + 0.1 * x_t**2, 9.0), None
 
-    def nobodys(wanted, side):  # the noise of either is the same
+    def nobodys(wanted, side):  # no noise is coupled: it would be other noise in other tiles
         tiles = Tiles(wanted, side)
         tiles.nearest.fill_(-1)
         return tiles
@@ -109,7 +109,7 @@ def test_a_prediction_pixel_by_pixel_has_no_seams(monkeypatch, observed_only):
 
 def test_noise_that_makes_parts_fit_together_is_white_over_all_tiles(monkeypatch):
     """Within a part, that is: there values have variance 1, and neighbours do not hang together."""
-    config = make_config(sparse_ddpm, observed_only=0.5, batch_size=64, sample_steps=1)
+    config = make_config(sparse_ddpm, observed_only=0.5, batch_size=64, sample_steps=2)
     model, place = sparse_ddpm.make_model((1, 16, 16), config), torch.arange(16.0)
     place, started = torch.cartesian_prod(place, place), []
     near = (-((torch.cdist(place, place) / 2) ** 2)).exp()

@@ -144,6 +144,17 @@ def test_parts_from_coupled_noise_make_up_one_draw_of_a_gaussian():
         torch.testing.assert_close(whole[i].double(), expected, atol=2e-3, rtol=0)
 
 
+def test_coupled_noise_of_an_image_hangs_on_no_other():
+    fill, white = fill_of(covariance_of(8, reach=8.0), 2), torch.randn(3, 2, 8, 8)
+    seen, state = random_seen(3, 8, [0, 20, 3]), random_seen(3, 8, [30, 4, 0], seed=1)
+    state &= ~seen
+    together = fill.couple(white, seen, state)
+    for i in range(3):
+        alone = fill.couple(white[i : i + 1], seen[i : i + 1], state[i : i + 1])
+        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
+    assert torch.isfinite(together).all() and torch.equal(together[2], white[2])
+
+
 def test_coupled_noise_of_large_images_is_that_given():
     fill = LinearFill((1, 80, 80), 0.2)
     white = torch.randn(2, 1, 80, 80)
@@ -228,8 +239,9 @@ def test_images_completed_by_draws_have_the_covariance_they_are_drawn_by():
         before = (start - covariance).norm() / covariance.norm()
         batches = list(zip(x.split(4000), observed.split(4000), strict=True))
         for _ in range(3):
-            sums, count = fill._completed(batches)
+            mean, sums, count = fill._completed(batches)
             assert count == 16_000
+            fill.mean.copy_(mean)
             fill.covariance.copy_(sums / count)
         after = (fill.covariance - covariance).norm() / covariance.norm()
         assert after < (0.04 if before == 0 else 0.3 * before)
