@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.masks import make_masks, observe
-from fused_ddpm.processes import wait
+from fused_ddpm.processes import rank, wait
 
 
 class LinearFill(nn.Module):
@@ -123,20 +124,21 @@ class LinearFill(nn.Module):
         rank, y = W a + e (Tipping & Bishop 1999), since it is made of thousands of images.
         """
         values, vectors = (x.float() for x in torch.linalg.eigh(self.covariance.double()))
-        rank = min(RANK, len(values) // 2)
-        noise = values[:-rank].mean().clamp(min=RIDGE)
-        W = vectors[:, -rank:] * (values[-rank:] - noise).clamp(min=0).sqrt()
+        waves = min(RANK, len(values) // 2)
+        noise = values[:-waves].mean().clamp(min=RIDGE)
+        W = vectors[:, -waves:] * (values[-waves:] - noise).clamp(min=0).sqrt()
         g = torch.Generator(W.device).manual_seed(0)
         sums, squares, count = 0, 0, 0
         few = max(2**18 // len(W), 1)  # whose WO fit in memory
         pieces = (zip(*(tensor.split(few) for tensor in pair), strict=True) for pair in batches)
-        for x, observed in itertools.chain(*pieces):
+        pieces = list(itertools.chain(*pieces))
+        for x, observed in tqdm(pieces, "completing images", leave=False, disable=rank() > 0):
             there = observed.flatten(1).to(W.dtype)[:, None]  # (N, 1, H W)
             off = (x - self.mean).flatten(2) * there
             WO = W * there.transpose(1, 2)
             precision = WO.transpose(1, 2) @ WO
             precision.diagonal(dim1=1, dim2=2).add_(noise)
-            y = torch.randn(*off.shape[:2], rank, generator=g, device=W.device) @ W.T
+            y = torch.randn(*off.shape[:2], waves, generator=g, device=W.device) @ W.T
             y += noise.sqrt() * torch.randn(y.shape, generator=g, device=W.device)
             root = torch.linalg.cholesky_ex(precision)[0]
             a = torch.cholesky_solve(((off - y) @ WO).transpose(1, 2), root)
