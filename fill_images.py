@@ -116,7 +116,7 @@ def sample(model, image, observed, seeds, config):
         around = torch.cat(cut(unseen)).float().mean((1, 2, 3))
         parts = model.fill.parts(((around**2).sum() / around.sum()).item())
         for of_draw, seed in zip(part_of, seeds, strict=True):
-            of_parts = in_parts(seed[None], ~unseen[None], parts, 0.0)
+            of_parts = in_parts(seed[None], ~unseen[None], parts, 0.0, config)
             masks = torch.cat([state for state, _ in of_parts])  # (parts, 1, H, W)
             of_draw.copy_(torch.where(unseen, masks.int().argmax(0), -1))
 

@@ -254,7 +254,7 @@ def make_sampler(model, shape, config, parts=None):
     def sample(seeds, cond, cond_mask, *labels):
         whole, most = cond, config.sparsity[-1] if config.sample_steps > 1 else 0.0
         white = seeded_normal(seeds, shape)
-        for state, seen in in_parts(seeds, cond_mask, parts, most):
+        for state, seen in in_parts(seeds, cond_mask, parts, most, config):
             context = *model.fill(whole * seen, seen, state), *labels
             x_t = model.fill.couple(white, seen, state) if parts and most else white
             for step in range(config.sample_steps):

@@ -32,9 +32,13 @@ def score_random(words, size, n):
     return words
 
 
+def block_side(size):
+    return max(size // 8, 2)
+
+
 def score_block(words, size, n):
     """Square blocks: every pixel of one has the score of its first."""
-    side = max(size // 8, 2)
+    side = block_side(size)
     block = torch.arange(size, device=words.device) // side
     row, column = torch.meshgrid(block, block, indexing="ij")
     return words[:, (row * side * size + column * side).flatten()]
@@ -249,18 +253,24 @@ def mask_held_out(part, config, fraction=None):
     return x, found if observed is None else found | {"observed": observed}
 
 
-def in_parts(keys, cond_mask, parts, fraction):
+def in_parts(keys, cond_mask, parts, fraction, config):
     """Yield (state, seen), bool (B, 1, H, W), of a sampler that draws the unseen pixels in parts.
 
-    state: the part, one of equal ones, at random; seen: the pixels of cond_mask, and of the parts
-    before at random so many that they are the fraction. parts None: at once, state is everywhere.
+    state: the part, one of equal ones, at random, in squares if training scored such; seen: the
+    pixels of cond_mask, and of the parts before at random so many that they are the fraction.
+    parts None: at once, state is everywhere.
     """
     if parts is None:
         yield torch.ones_like(cond_mask), cond_mask
         return
     flat = cond_mask.flatten(1)
     n, place = flat.shape[1], torch.arange(flat.shape[1], device=keys.device)
-    rank = torch.where(flat, 1 << 33, random_words(keys, n, 0, PARTS))
+    words = random_words(keys, n, 0, PARTS).view_as(cond_mask)
+    if config.mask_pattern == "block":
+        side = block_side(config.image_size)
+        row, column = (torch.arange(m, device=keys.device) // side * side for m in words.shape[2:])
+        words = words[:, :, row[:, None], column]
+    rank = torch.where(flat, 1 << 33, words.flatten(1))
     rank = rank.argsort(dim=1, stable=True).argsort(dim=1)
     unseen = (~flat).sum(1, keepdim=True).clamp(min=1)
     part = rank * parts // unseen  # the seen ones come last, and after all

@@ -105,7 +105,7 @@ class Samples:
         batches = index.split(self.config.batch_size)
         batches = [i for i in batches if not self.done[i.cpu().numpy()].all()][rank() :: world()]
         total = len(batches) * self.config.sample_steps * parts
-        hidden = rank() > 0 or self.path is None
+        hidden = rank() > 0 or (self.path is None and total < 1000)  # a few seconds
         self.bar = tqdm(total=total, desc="sampling", unit="step", leave=False, disable=hidden)
         yield from batches
         self.bar.close()

@@ -131,7 +131,7 @@ def test_noise_that_makes_parts_fit_together_is_white_over_all_tiles(monkeypatch
     assert x[:, there].mean().abs() < 4 / n**0.5 and (x[:, there].var() - 1).abs() < 6 / n**0.5
     seen = observed.expand(40, 1, 27, 38)
     parts = model.fill.parts((~observed).float().mean().item())
-    parts = torch.cat([state for state, _ in in_parts(seeds, seen, parts, 0.0)], dim=1)
+    parts = torch.cat([state for state, _ in in_parts(seeds, seen, parts, 0.0, config)], dim=1)
     for down, right in (0, 1), (1, 0), (1, 1), (0, 2), (2, 0):
         product = x[:, None, : 27 - down, : 38 - right] * x[:, None, down:, right:]
         same = (parts[:, :, : 27 - down, : 38 - right] & parts[:, :, down:, right:]).any(1)[:, None]

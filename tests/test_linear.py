@@ -123,7 +123,7 @@ def test_parts_from_coupled_noise_make_up_one_draw_of_a_gaussian():
     seen, g = random_seen(n, 8, [10, 14, 1]), torch.Generator().manual_seed(3)
     x, white = (torch.randn(n, channels, 8, 8, generator=g) for _ in "12")
     whole, states = x * seen, 0
-    for state, known in in_parts(keys, seen, 3, 0.4):
+    for state, known in in_parts(keys, seen, 3, 0.4, SETTINGS):
         z = fill.couple(white, known, state).double()
         guess = fill._fill(whole * known, known)[0]
         for i in range(n):  # the exact flow: of the noise, times the root of the covariance

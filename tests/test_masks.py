@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -354,18 +355,22 @@ def test_what_is_hidden_is_anywhere():
     assert both == pytest.approx(0.4 * 102 / 256, rel=0.01)  # nor has it to do with the masks
 
 
+def of_pattern(pattern, size):
+    return SimpleNamespace(mask_pattern=pattern, image_size=size)
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_parts_are_equal_disjoint_and_all_there_is(parts, fraction):
+@pytest.mark.parametrize("pattern", ["random", "block"])
+def test_parts_are_equal_disjoint_and_all_there_is(parts, fraction, pattern):
     """And each sees what is seen, and of the parts before it as much as is asked for."""
     cond_mask = torch.rand(60, 1, 9, 9, generator=torch.Generator().manual_seed(0))
     cond_mask = cond_mask < torch.linspace(0.05, 0.95, 60).view(-1, 1, 1, 1)
     keys = (3 << 32) + torch.arange(60)
 
     def drawn(i=slice(None), keys=keys):
-        return torch.stack(
-            [torch.stack(x) for x in in_parts(keys[i], cond_mask[i], parts, fraction)]
-        )
+        found = in_parts(keys[i], cond_mask[i], parts, fraction, of_pattern(pattern, 9))
+        return torch.stack([torch.stack(x) for x in found])
 
     found = drawn()
     assert found.shape == (parts, 2, 60, 1, 9, 9) and found.dtype == torch.bool
@@ -385,16 +390,26 @@ def test_parts_are_equal_disjoint_and_all_there_is(parts, fraction):
         assert (other == states).flatten(2).all(2).all(0)[:50].double().mean() < 0.1
 
 
+def test_parts_are_of_squares_if_training_scored_squares():
+    """But for one, perhaps, at each end of a part; also in an image larger than those."""
+    squares = torch.rand(7, 1, 5, 6, generator=torch.Generator().manual_seed(0)) < 0.4
+    cond_mask = squares.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    config = of_pattern("block", 32)
+    states = torch.cat([x for x, _ in in_parts(torch.arange(7), cond_mask, 3, 0.5, config)], dim=1)
+    pooled = states.unflatten(3, (6, 4)).unflatten(2, (5, 4)).sum((3, 5))
+    assert ((pooled % 16 != 0).any(1).sum((1, 2)) <= 2).all() and (pooled == 16).any()
+
+
 def test_without_parts_all_is_drawn_at_once():
     cond_mask = hide(torch.arange(3), 8, 0.3)
-    ((state, seen),) = in_parts(torch.arange(3), cond_mask, None, 0.2)
+    ((state, seen),) = in_parts(torch.arange(3), cond_mask, None, 0.2, of_pattern("random", 8))
     assert state.all() and torch.equal(seen, cond_mask)
 
 
 def test_any_pixel_gets_into_any_part_with_any_other():
     cond_mask = torch.zeros(9000, 1, 4, 4, dtype=torch.bool)
     cond_mask[:, 0, 3] = True  # and 12 pixels to draw
-    drawn = in_parts(torch.arange(9000), cond_mask, 3, 0.5)
+    drawn = in_parts(torch.arange(9000), cond_mask, 3, 0.5, of_pattern("random", 4))
     found, seen = (
         torch.stack(x)[:, :, 0, :3].flatten(2).double() for x in zip(*drawn, strict=True)
     )
