@@ -47,15 +47,18 @@ inline void check_stats(const at::Tensor& stats, const at::Tensor& x, int64_t gr
 // What the kernels read beside x.
 template <class T>
 struct NormNumbers {
-  const T *weight, *bias, *scale, *shift;  // (C,) and (B, C); the last two null where there are none
+  const T *weight, *bias, *scale, *shift;  // (C,) and (B, C); the last two null if there are none
   int64_t channels, pixels;
   int groups, group;  // how many, and of how many channels
   double each;        // 1 / (values in a group)
 
   // What the normalised x is multiplied with, and what is added, for channel c of image b.
-  DDPM_HD T weighted(int64_t b, int64_t c) const { return weight[c] * (scale ? 1 + scale[b * channels + c] : T(1)); }
+  DDPM_HD T weighted(int64_t b, int64_t c) const {
+    return weight[c] * (scale ? 1 + scale[b * channels + c] : T(1));
+  }
   DDPM_HD T added(int64_t b, int64_t c) const {
-    return bias[c] * (scale ? 1 + scale[b * channels + c] : T(1)) + (shift ? shift[b * channels + c] : T(0));
+    const int64_t i = b * channels + c;
+    return bias[c] * (scale ? 1 + scale[i] : T(1)) + (shift ? shift[i] : T(0));
   }
 };
 
@@ -65,10 +68,13 @@ struct NormInputs : NormNumbers<T> {
   at::Tensor tensors[4];
 
   NormInputs(
-      const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
-      const std::optional<at::Tensor>& shift, int64_t groups)
+      const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+      const std::optional<at::Tensor>& scale, const std::optional<at::Tensor>& shift,
+      int64_t groups)
       : tensors{read(weight), read(bias), read(scale), read(shift)} {
-    const auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<T>() : nullptr; };
+    const auto data = [](const at::Tensor& t) {
+      return t.defined() ? t.const_data_ptr<T>() : nullptr;
+    };
     const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3), group = channels / groups;
     static_cast<NormNumbers<T>&>(*this) = {
         data(tensors[0]), data(tensors[1]), data(tensors[2]), data(tensors[3]), channels, pixels,

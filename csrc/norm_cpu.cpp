@@ -96,7 +96,9 @@ struct Norm : NormInputs<T> {
 
   template <class... Args>
   explicit Norm(const Args&... args)
-      : NormInputs<T>(args...), image(channels * this->pixels), lanes(channels * std::max<int64_t>(1, LANES / channels)) {}
+      : NormInputs<T>(args...),
+        image(channels * this->pixels),
+        lanes(channels * std::max<int64_t>(1, LANES / channels)) {}
 
   // silu's argument is a x + b.
   void coefficients(T* a, T* b, const T* mean, const T* rstd, int64_t image) const {
@@ -195,7 +197,8 @@ NormGradients norm_silu_backward_cpu(
           const T* gs = widened(g_buffer.data(), grad.const_data_ptr<scalar_t>() + image * n, n);
           for (int64_t g = 0, c = 0; g < groups; ++g) {
             const T* of_group = kept + 2 * (image * groups + g);
-            for (const int64_t end = c + norm.group; c < end; ++c) mean[c] = of_group[0], rstd[c] = of_group[1];
+            for (const int64_t end = c + norm.group; c < end; ++c)
+              mean[c] = of_group[0], rstd[c] = of_group[1];
           }
           norm.coefficients(a, b, mean, rstd, image);
           norm.repeat(mean), norm.repeat(rstd);

@@ -43,9 +43,11 @@ struct Walk {
 
 template <class T, class Acc>
 __global__ void __launch_bounds__(THREADS) forward_kernel(
-    T* __restrict__ y, Acc* __restrict__ stats, const T* __restrict__ x, NormNumbers<Acc> numbers, double eps) {
+    T* __restrict__ y, Acc* __restrict__ stats, const T* __restrict__ x, NormNumbers<Acc> numbers,
+    double eps) {
   const Place place(numbers);
-  const int64_t b = place.image, first = place.first, corner = place.corner, channels = numbers.channels;
+  const int64_t b = place.image, first = place.first, corner = place.corner;
+  const int64_t channels = numbers.channels;
   const Walk walk(numbers.group);
   Acc sum = 0;
   for (int c = walk.channel; c < numbers.group; c += walk.width)
@@ -78,7 +80,8 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(
   __shared__ Acc parts[THREADS];
   __shared__ Acc parts_x[THREADS];
   const Place place(numbers);
-  const int64_t b = place.image, first = place.first, corner = place.corner, channels = numbers.channels;
+  const int64_t b = place.image, first = place.first, corner = place.corner;
+  const int64_t channels = numbers.channels;
   const int64_t images = gridDim.x / numbers.groups;
   const Acc mean = stats[2 * blockIdx.x], rstd = stats[2 * blockIdx.x + 1];
   const Walk walk(numbers.group);
@@ -127,7 +130,8 @@ void launch(
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "norm_silu", [&] {
     const NormInputs<Wide<scalar_t>> inputs(x, weight, bias, scale, shift, groups);
     const NormNumbers<Wide<scalar_t>>& numbers = inputs;
-    f(scalar_t{}, numbers, dim3(static_cast<unsigned>(x.size(0) * groups)), c10::cuda::getCurrentCUDAStream());
+    const dim3 grid(static_cast<unsigned>(x.size(0) * groups));
+    f(scalar_t{}, numbers, grid, c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
@@ -140,7 +144,8 @@ std::tuple<at::Tensor, at::Tensor> norm_silu_cuda(
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast), y = at::empty_like(x);
   const at::Tensor stats = at::empty({x.size(0), groups, 2}, wide_options(x));
   if (x.numel() == 0) return {y, stats.zero_()};
-  launch(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers, dim3 grid, auto stream) {
+  launch(x, weight, bias, scale, shift, groups,
+         [&](auto zero, const auto& numbers, dim3 grid, auto stream) {
     using T = decltype(zero);
     using Acc = Wide<T>;
     forward_kernel<T, Acc><<<grid, THREADS, 0, stream>>>(
@@ -162,7 +167,8 @@ NormGradients norm_silu_backward_cuda(
   if (x.numel() == 0) {
     sums.zero_();
   } else {
-    launch(x, weight, bias, scale, shift, groups, [&](auto zero, const auto& numbers, dim3 grid, auto stream) {
+    launch(x, weight, bias, scale, shift, groups,
+           [&](auto zero, const auto& numbers, dim3 grid, auto stream) {
       using T = decltype(zero);
       using Acc = Wide<T>;
       backward_kernel<T, Acc><<<grid, THREADS, 0, stream>>>(

@@ -10,7 +10,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from fused_ddpm.fill import set_convolution
-from fused_ddpm.masks import make_masks, observe
+from fused_ddpm.masks import make_masks, observe, places_of
 from fused_ddpm.processes import rank, wait
 
 
@@ -93,20 +93,21 @@ class LinearFill(nn.Module):
         judges = held_out and [x[:512] for x in held_out]
         if judges and not judges[2].any():  # nothing is scored
             judges = None
-        off = squares - mean.flatten(1).T @ mean.flatten(1) / len(mean) * both
-        least = self._choose(math.inf, middle + mean, off, both, judges)
+        least = self._choose(math.inf, middle, mean, squares, both, judges)
         for _ in range(COMPLETIONS if kept and judges else 0):
             before, least = least, self._choose(least, *self._completed(kept), judges)
             if least == before:
                 break
         self._compare()
 
-    def _choose(self, least, mean, off, both, judges):
-        """The least squared error for the judges: so far, or if that is less by this mean and these
-        sums of products, both their numbers, which then are kept. Without judges they are kept."""
+    def _choose(self, least, middle, mean, squares, both, judges):
+        """The least squared error for the judges: so far, or if that is less by this mean, of what
+        is off from middle, and its sums of products, both their numbers. These then are kept, and
+        without judges in any case."""
+        off = squares - mean.flatten(1).T @ mean.flatten(1) / len(mean) * both
         typical = by_distance(off, both, *mean.shape[1:])
         best = self.mean.clone(), self.covariance.clone()
-        self.mean.copy_(mean)
+        self.mean.copy_(middle + mean)
         for prior in PRIORS if judges else PRIORS[:1]:
             self.covariance.copy_(shrunk(off, both, typical, prior))
             error = self._errors(*judges)[0].mean().item() if judges else 0
@@ -117,7 +118,7 @@ class LinearFill(nn.Module):
         return least
 
     def _completed(self, batches):
-        """(mean, sums of products (H W, H W), their number) of images completed by a draw each.
+        """What _choose takes, from middle to both, of images completed by a draw each.
 
         Stochastic EM (Celeux & Diebolt 1985): of pairs of which few images show both, those images
         alone say little; here all pixels of an image have a say. The draw is of a model of lower
@@ -146,10 +147,8 @@ class LinearFill(nn.Module):
             sums, count = sums + y.sum(0), count + len(y)
             y = y.flatten(0, 1)
             squares = squares + y.T @ y
-        mean = sums / (count + 10)
-        count = count * len(mean)
-        off = squares - mean.T @ mean / len(mean) * count
-        return self.mean + mean.view_as(self.mean), off, count
+        mean = (sums / (count + 10)).view_as(self.mean)
+        return self.mean, mean, squares, count * len(mean)
 
     def _compare(self):
         """What a pixel (row) says of another (column): r^2 / (1 - r^2), sharpened."""
@@ -201,13 +200,11 @@ class LinearFill(nn.Module):
     def _among(self, mask):
         """(places (N, M), whether there is one, covariance (N, M, M)) of the pixels that are set in
         a mask (N, H W); where an image has fewer than M, rows of the unit matrix."""
-        most = int(mask.sum(1).max())
-        there, o = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True)
-        there, o = there[:, :most].bool(), o[:, :most]
+        o, there = places_of(mask)
         among = self.covariance[o[:, :, None], o[:, None, :]]
         if not there.all():
             both = there[:, :, None] & there[:, None, :]
-            among = torch.where(both, among, torch.eye(most, device=mask.device))
+            among = torch.where(both, among, torch.eye(o.shape[1], device=mask.device))
         return o, there, among
 
     def couple(self, white, seen, state):

@@ -32,16 +32,15 @@ def score_random(words, size, n):
     return words
 
 
-def block_side(size):
-    return max(size // 8, 2)
+def by_block(words, size):
+    """words (B, H, W); all of a square block, an eighth of size wide, get that of its first."""
+    side = max(size // 8, 2)
+    row, column = (torch.arange(m, device=words.device) // side * side for m in words.shape[1:])
+    return words[:, row[:, None], column]
 
 
 def score_block(words, size, n):
-    """Square blocks: every pixel of one has the score of its first."""
-    side = block_side(size)
-    block = torch.arange(size, device=words.device) // side
-    row, column = torch.meshgrid(block, block, indexing="ij")
-    return words[:, (row * side * size + column * side).flatten()]
+    return by_block(words.view(-1, size, size), size).flatten(1)
 
 
 def score_grid(words, size, n):
@@ -210,6 +209,14 @@ def pattern_scores(words, keys, epoch, size, seen, config):
     return torch.stack(scores)[choice, torch.arange(len(keys), device=keys.device)]
 
 
+def places_of(mask):
+    """(places int64 (N, M), whether there is one, bool) of the pixels set in a mask (N, H W), in
+    order; M: the most that any image has."""
+    most = int(mask.sum(1).max())
+    there, places = mask.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    return places[:, :most], there[:, :most].bool()
+
+
 def hide(keys, size, fraction):
     """bool (B, 1, size, size): the fraction of the pixels that are ever read, for good."""
     n = size**2
@@ -265,12 +272,10 @@ def in_parts(keys, cond_mask, parts, fraction, config):
         return
     flat = cond_mask.flatten(1)
     n, place = flat.shape[1], torch.arange(flat.shape[1], device=keys.device)
-    words = random_words(keys, n, 0, PARTS).view_as(cond_mask)
+    words = random_words(keys, n, 0, PARTS)
     if config.mask_pattern == "block":
-        side = block_side(config.image_size)
-        row, column = (torch.arange(m, device=keys.device) // side * side for m in words.shape[2:])
-        words = words[:, :, row[:, None], column]
-    rank = torch.where(flat, 1 << 33, words.flatten(1))
+        words = by_block(words.view_as(cond_mask[:, 0]), config.image_size).flatten(1)
+    rank = torch.where(flat, 1 << 33, words)
     rank = rank.argsort(dim=1, stable=True).argsort(dim=1)
     unseen = (~flat).sum(1, keepdim=True).clamp(min=1)
     part = rank * parts // unseen  # the seen ones come last, and after all

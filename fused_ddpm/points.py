@@ -11,7 +11,7 @@ import torch.nn as nn
 from fused_ddpm.grids import cosines, dct, dct_matrix, resize
 from fused_ddpm.images import to_float
 from fused_ddpm.linear import LARGEST_SIDE, LinearFill, set_apart
-from fused_ddpm.masks import make_masks
+from fused_ddpm.masks import make_masks, places_of
 from fused_ddpm.noise import FRACTION, POINTS, random_words, seeded_uniform
 
 WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
@@ -35,9 +35,7 @@ class Points(NamedTuple):
 def points_of(x, mask):
     """The pixels of images x (B, C, n, n) where mask, bool (B, 1, n, n), is set."""
     n, seen = x.shape[-1], mask.flatten(1)
-    there, o = seen.to(torch.uint8).sort(dim=1, descending=True, stable=True)
-    most = int(seen.sum(1).max())
-    there, o = there[:, :most].bool(), o[:, :most]
+    o, there = places_of(seen)
     places = torch.stack([o // n, o % n], dim=2).to(x.dtype).add(0.5) / n
     values = x.flatten(2).gather(2, o[:, None].expand(-1, x.shape[1], -1))
     return Points(places, values * there[:, None], there)
