@@ -45,17 +45,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from fused_ddpm import graphs, images, masked_loss, metrics, norm_silu, posterior_step, status
+from fused_ddpm.fill import LARGEST, GaussianFill, interpolate
+from fused_ddpm.masks import as_tested, held_out_keys, make_masks
+from fused_ddpm.ops import norm_silu_reference
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-from fused_ddpm import graphs, images, masked_loss, metrics, norm_silu, posterior_step, status
-from fused_ddpm.fill import LARGEST, GaussianFill, interpolate
-from fused_ddpm.masks import as_tested, held_out_keys, make_masks
-from fused_ddpm.ops import norm_silu_reference
 
 SHAPES = [(1, 3, 32, 32), (16, 1, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32)]
 SHAPES += [(64, 3, 64, 64), (16, 3, 256, 256)]

@@ -27,9 +27,6 @@ import copy
 import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
-
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.images import Data, mirror_half, to_bytes, to_float
@@ -38,6 +35,9 @@ from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_grid, draw_losses
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet, check_sizes
+
+import torch
+import torch.nn as nn
 
 # --------------------------------------------------------------------------------------------------
 # Config: a field is a flag. The first value suits two CPU cores, full= is the paper's, for a GPU.

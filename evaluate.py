@@ -28,9 +28,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from fused_ddpm.config import flag, make_parser
 from fused_ddpm.devices import check_device
 from fused_ddpm.features import TITLES, classify, extract, get_classifier, pretrained
@@ -38,6 +35,9 @@ from fused_ddpm.files import UserError, in_one_line, write
 from fused_ddpm.images import class_names, load_images, to_float
 from fused_ddpm.pictures import draw_columns
 from fused_ddpm.samples import read_labels, read_samples
+
+import torch
+from tqdm import tqdm
 
 FEWEST = 20  # images of a set: the kernel distance has ten parts of them
 

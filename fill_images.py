@@ -21,10 +21,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 import sparse_ddpm
 from fused_ddpm import posterior_step, seeded_normal
 from fused_ddpm.checkpoints import load_parts
@@ -47,6 +43,10 @@ from fused_ddpm.pixels import DataError, Scale, read_picture, upright
 from fused_ddpm.runs import mix
 from fused_ddpm.tiles import Tiles
 from sparse_ddpm import make_model, make_schedule, predict, sampling_table
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 
 @dataclass

@@ -44,9 +44,6 @@ import copy
 import math
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn as nn
-
 from fused_ddpm import graphed, grids, masked_loss, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
@@ -61,6 +58,9 @@ from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_resoluti
 from fused_ddpm.points import LinearGuess, points_of, put_back, random_points
 from fused_ddpm.results import draw_each, write_results
 from fused_ddpm.runs import Run
+
+import torch
+import torch.nn as nn
 
 # --------------------------------------------------------------------------------------------------
 # Config: a field is a flag. The first value suits two CPU cores, full= is for a GPU.

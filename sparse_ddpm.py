@@ -33,9 +33,6 @@ import copy
 import math
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn as nn
-
 from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
@@ -49,6 +46,9 @@ from fused_ddpm.pictures import draw_losses, draw_reconstructions
 from fused_ddpm.results import draw_as_classes, draw_each, write_results
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet, check_sizes
+
+import torch
+import torch.nn as nn
 
 # --------------------------------------------------------------------------------------------------
 # Config: a field is a flag. The first value suits two CPU cores, full= is the paper's, for a GPU.

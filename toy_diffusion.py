@@ -33,16 +33,16 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
-
 from fused_ddpm.config import flag, make_parser
 from fused_ddpm.devices import check_device
 from fused_ddpm.files import UserError, in_one_line, occupy, write
 from fused_ddpm.images import as_file, choose_data, load_images, to_bytes, to_float, to_unit
 from fused_ddpm.pictures import draw_grid, draw_losses
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
 # Config: a field is a flag.

@@ -8,10 +8,10 @@ import math
 import warnings
 import zipfile
 
+from fused_ddpm.files import UserError
+
 import torch
 import torch.nn as nn
-
-from fused_ddpm.files import UserError
 
 FORMAT = 3  # of checkpoints
 

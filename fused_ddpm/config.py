@@ -16,11 +16,11 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from fused_ddpm.checkpoints import load_checkpoint
 from fused_ddpm.files import UserError
 from fused_ddpm.tracking import OPENERS
+
+import torch
 
 SAME = object()
 ANY_COUNT = "[1, 10000000]"

@@ -1,8 +1,8 @@
 """What a device can do."""
 
-import torch
-
 from fused_ddpm.files import UserError
+
+import torch
 
 
 def check_device(device):

@@ -9,14 +9,14 @@ import hashlib
 import socket
 from pathlib import Path
 
+from fused_ddpm.checkpoints import FORMAT, check_part, load_checkpoint
+from fused_ddpm.files import UserError, write
+from fused_ddpm.images import to_float
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-
-from fused_ddpm.checkpoints import FORMAT, check_part, load_checkpoint
-from fused_ddpm.files import UserError, write
-from fused_ddpm.images import to_float
 
 # Of the classifier: 2,000 steps of 128 images are a minute or two on two CPU cores.
 STEPS, BATCH, LR, MOST_EPOCHS = 2000, 128, 5e-3, 60

@@ -5,12 +5,12 @@ import functools
 import math
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from fused_ddpm.files import write
 from fused_ddpm.images import to_float, to_unit
 from fused_ddpm.processes import from_first, rank
+
+import numpy as np
+import torch
 
 
 @functools.cache

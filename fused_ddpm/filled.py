@@ -12,9 +12,6 @@ import shutil
 from itertools import islice
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-
 from fused_ddpm.files import UserError, write
 from fused_ddpm.folders import all_below, images_of
 from fused_ddpm.pictures import draw_of_any_size, rgb, show_heat, show_seen
@@ -26,6 +23,9 @@ from fused_ddpm.pixels import (
     with_one_line,
     write_picture,
 )
+
+import numpy as np
+import torch
 
 LARGEST = 2**24  # pixels of an image: all its draws are in memory
 KINDS = ("draws", "std", "quantiles")

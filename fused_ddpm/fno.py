@@ -6,14 +6,14 @@ belong to a grid, so as in convolutional neural operators (Raonic et al. 2023, a
 is done on one grid, that of the training images, whatever the grids of input and output are.
 """
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 from fused_ddpm import grids
 from fused_ddpm.grids import along_both, dct_matrix, resize
 from fused_ddpm.points import WIDTHS
 from fused_ddpm.unet import NormSilu, TimeEmbedding, zero
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 
 class SpectralConv(nn.Module):

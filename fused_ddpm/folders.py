@@ -13,11 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from tqdm import tqdm
-
 from fused_ddpm.pixels import (
     ARRAYS,
     MASK,
@@ -29,6 +24,11 @@ from fused_ddpm.pixels import (
     upright,
     with_one_line,
 )
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 HELD_OUT = 10  # the last tenth of each class is the test part
 MANY_TILES = 20_000  # from here on they do not overlap

@@ -7,11 +7,11 @@ the pixel centres. On a finer grid a function has the same coefficients, times t
 import functools
 import math
 
-import torch
-import torch.nn.functional as F
-
 from fused_ddpm.noise import STEP_NOISE
 from fused_ddpm.ops import seeded_normal
+
+import torch
+import torch.nn.functional as F
 
 
 def cosines(places, n):

@@ -14,16 +14,16 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 from fused_ddpm import shapes
 from fused_ddpm.files import UserError
 from fused_ddpm.folders import Part, list_folder, load_folder
 from fused_ddpm.noise import MIRROR, seeded_integers
 from fused_ddpm.pixels import DataError, Scale
 from fused_ddpm.processes import from_first, rank, wait, world
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 # Debian's package dataset-fashion-mnist
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -4,14 +4,14 @@ import itertools
 import math
 from dataclasses import replace
 
+from fused_ddpm.fill import set_convolution
+from fused_ddpm.masks import make_masks, observe, places_of
+from fused_ddpm.processes import rank, wait
+
 import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
-
-from fused_ddpm.fill import set_convolution
-from fused_ddpm.masks import make_masks, observe, places_of
-from fused_ddpm.processes import rank, wait
 
 
 class LinearFill(nn.Module):

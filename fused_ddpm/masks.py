@@ -8,10 +8,6 @@ nothing else: nothing is stored, and any process, batch or device makes the same
 import functools
 from dataclasses import replace
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 from fused_ddpm.files import UserError
 from fused_ddpm.images import to_float, to_unit
 from fused_ddpm.noise import (
@@ -24,6 +20,10 @@ from fused_ddpm.noise import (
     seeded_integers,
     seeded_uniform,
 )
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 TEST_INDEX = 1 << 31  # held-out images have masks of their own
 

@@ -1,10 +1,10 @@
 """How near a reconstruction comes. Images are float (N, C, H, W) in [0, 1]."""
 
+from fused_ddpm.fill import gaussian_blur
+
 import numpy as np
 import torch
 import torch.nn as nn
-
-from fused_ddpm.fill import gaussian_blur
 
 
 def psnr(x, truth, where):

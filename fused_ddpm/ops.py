@@ -15,10 +15,10 @@ import os
 import sysconfig
 from pathlib import Path
 
+from fused_ddpm.noise import START_NOISE, STEP_NOISE, normal_reference
+
 import torch
 import torch.nn.functional as F
-
-from fused_ddpm.noise import START_NOISE, STEP_NOISE, normal_reference
 
 
 def _load_extension():

@@ -1,9 +1,9 @@
 """Adam with decoupled weight decay, and Muon, which learns the same in fewer steps."""
 
+from fused_ddpm.fno import SpectralConv
+
 import torch
 import torch.nn as nn
-
-from fused_ddpm.fno import SpectralConv
 
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # of Jordan et al.: five times takes (0.01, 1] to about 1
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from fused_ddpm.files import UserError, write
+
 import numpy as np
 from PIL import Image, TiffImagePlugin
-
-from fused_ddpm.files import UserError, write
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are odd, but can be read
 

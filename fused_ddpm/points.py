@@ -5,14 +5,14 @@ Nothing here is tied to a grid, but for `rasterize`.
 
 from typing import NamedTuple
 
-import torch
-import torch.nn as nn
-
 from fused_ddpm.grids import cosines, dct, dct_matrix, resize
 from fused_ddpm.images import to_float
 from fused_ddpm.linear import LARGEST_SIDE, LinearFill, set_apart
 from fused_ddpm.masks import make_masks, places_of
 from fused_ddpm.noise import FRACTION, POINTS, random_words, seeded_uniform
+
+import torch
+import torch.nn as nn
 
 WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
 NUGGET = 1e-4  # added to variances of what is enforced

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import torch
-
 from fused_ddpm.grids import resize
 from fused_ddpm.images import as_file, to_unit
 from fused_ddpm.metrics import evaluate, table
 from fused_ddpm.pictures import draw_ranks, draw_reconstructions, draw_sheet, show_seen
+
+import torch
 
 
 def draw_each(run, model, sample, inputs, shape, config, file=None, parts=1):

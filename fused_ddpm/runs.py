@@ -20,12 +20,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-from tqdm import tqdm
-
 from fused_ddpm.checkpoints import FORMAT, load_parts
 from fused_ddpm.config import read_command_line
 from fused_ddpm.devices import open_device
@@ -35,6 +29,12 @@ from fused_ddpm.ops import status
 from fused_ddpm.processes import Log, rank, sum_over, world
 from fused_ddpm.samples import Samples
 from fused_ddpm.tracking import Tracker, flat
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
 
 
 def mix(*numbers):

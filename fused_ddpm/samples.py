@@ -20,15 +20,15 @@ import os
 import shutil
 from dataclasses import asdict
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 from fused_ddpm.config import flags_of
 from fused_ddpm.folders import list_folder
 from fused_ddpm.images import DataError, load_images
 from fused_ddpm.pixels import read_header
 from fused_ddpm.processes import rank, sum_over, wait, world
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 
 class Samples:

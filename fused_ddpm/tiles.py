@@ -4,10 +4,10 @@ What is put together is what a network predicts, at each step of one reverse pro
 image (MultiDiffusion, Bar-Tal et al. 2023). Blending finished draws would narrow their spread.
 """
 
+from fused_ddpm.folders import square, starts
+
 import torch
 import torch.nn.functional as F
-
-from fused_ddpm.folders import square, starts
 
 
 class Tiles:

@@ -13,10 +13,10 @@ import secrets
 import time
 from dataclasses import asdict
 
+from fused_ddpm.files import UserError
+
 import numpy as np
 from PIL import Image
-
-from fused_ddpm.files import UserError
 
 # A module and what in it opens a log: a mere folder that is called wandb can be imported, too.
 OPENERS = {

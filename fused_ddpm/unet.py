@@ -2,11 +2,11 @@
 
 import math
 
+from fused_ddpm import norm_silu
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from fused_ddpm import norm_silu
 
 
 class GroupNorm(nn.GroupNorm):

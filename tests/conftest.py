@@ -1,7 +1,7 @@
+from fused_ddpm import images
+
 import pytest
 import torch
-
-from fused_ddpm import images
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,10 @@
 
 import json
 
+from fused_ddpm.config import preset_values
+
 import pytest
 import torch
-
-from fused_ddpm.config import preset_values
 
 # Of a configuration, where a script has such a flag.
 SMALL = dict(device="cpu", data="shapes", image_size=16, dim=8, dim_mults=[1, 2], num_timesteps=50)

@@ -2,11 +2,11 @@
 
 import math
 
-import pytest
-import torch
-
 import bench
 from fused_ddpm import metrics
+
+import pytest
+import torch
 
 
 def smooth_images():

@@ -2,12 +2,6 @@
 
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-from helpers import away_from_zero, exits_with, load, make_config, read_json
-from PIL import Image
-
 import cfg_ddpm as script
 import fused_ddpm.ops
 from fused_ddpm import posterior_step, seeded_normal
@@ -17,6 +11,12 @@ from fused_ddpm.ops import posterior_step_reference
 from fused_ddpm.runs import Run
 from fused_ddpm.shapes import NAMES as SHAPES
 from fused_ddpm.unet import Unet
+
+import numpy as np
+import pytest
+import torch
+from helpers import away_from_zero, exits_with, load, make_config, read_json
+from PIL import Image
 
 NAMES = ["red", "green", "blue", "T-shirt"]
 NULL = len(NAMES)

@@ -6,11 +6,11 @@ import re
 import warnings
 import zipfile
 
-import pytest
-import torch
-
 from fused_ddpm.checkpoints import FORMAT, check_part, load_checkpoint
 from fused_ddpm.files import UserError, write
+
+import pytest
+import torch
 
 WEIGHT = torch.arange(40) * 0.37 - 5
 CHECKPOINT = {"script": "ddpm", "format": FORMAT, "config": {}, "model": {"w": WEIGHT}}

@@ -5,10 +5,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-import torch
-from helpers import exits_with, make_config
-
 import cfg_ddpm
 import ddpm
 import sparse_ddo
@@ -27,6 +23,10 @@ from fused_ddpm.config import (
     read_command_line,
 )
 from fused_ddpm.files import UserError
+
+import pytest
+import torch
+from helpers import exits_with, make_config
 
 SCRIPTS = pytest.mark.parametrize(
     "script", [ddpm, cfg_ddpm, sparse_ddpm, sparse_ddo], ids=lambda script: script.__name__

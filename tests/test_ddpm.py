@@ -4,12 +4,6 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from helpers import away_from_zero, exits_with, load, make_config, read_json
-
 import ddpm as script
 import fused_ddpm.ops
 from fused_ddpm import posterior_step, seeded_normal
@@ -17,6 +11,12 @@ from fused_ddpm.folders import Part
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import away_from_zero, exits_with, load, make_config, read_json
 
 SCHEDULES = ["linear", "cosine", "sigmoid"]
 OBJECTIVES = ["eps", "v", "x0"]

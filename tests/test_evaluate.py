@@ -4,15 +4,15 @@ import functools
 import json
 import math
 
+import evaluate as script
+from fused_ddpm import features, images
+from fused_ddpm.images import load_images
+
 import numpy as np
 import pytest
 import torch
 from helpers import exits_with, read_json
 from PIL import Image
-
-import evaluate as script
-from fused_ddpm import features, images
-from fused_ddpm.images import load_images
 
 D = torch.float64
 

@@ -10,17 +10,17 @@ import random
 import signal
 import sys
 
-import numpy as np
-import pytest
-from helpers import assert_same, load, run_tiny
-from PIL import Image
-
 import ddpm
 import sparse_ddpm
 from fused_ddpm import files, folders, images
 from fused_ddpm.checkpoints import load_checkpoint
 from fused_ddpm.files import UserError
 from fused_ddpm.images import DataError
+
+import numpy as np
+import pytest
+from helpers import assert_same, load, run_tiny
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 FLAGS = ["--sample-every", "4"]

@@ -2,12 +2,12 @@
 
 import sys
 
-import pytest
-import torch
-
 from fused_ddpm import features, images
 from fused_ddpm.files import UserError
 from fused_ddpm.images import load_images
+
+import pytest
+import torch
 
 
 def parts():

@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 
+from fused_ddpm import files
+from fused_ddpm.files import UserError, in_one_line, occupy, write
+from fused_ddpm.images import DataError
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-
-from fused_ddpm import files
-from fused_ddpm.files import UserError, in_one_line, occupy, write
-from fused_ddpm.images import DataError
 
 
 def figure():

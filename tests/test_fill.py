@@ -3,9 +3,6 @@
 import math
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from fused_ddpm.fill import (
     GaussianFill,
     baselines,
@@ -16,6 +13,9 @@ from fused_ddpm.fill import (
 from fused_ddpm.linear import LinearFill
 from fused_ddpm.masks import make_masks
 from fused_ddpm.metrics import psnr
+
+import pytest
+import torch
 
 
 def mask_of(sparsity, n=2, size=32):

@@ -3,12 +3,6 @@
 import csv
 from dataclasses import replace
 
-import numpy as np
-import pytest
-import torch
-from helpers import away_from_zero, exits_with, make_config, run_tiny
-from PIL import Image
-
 import fill_images
 import sparse_ddpm
 from fused_ddpm import seeded_normal
@@ -17,6 +11,12 @@ from fused_ddpm.linear import where_next
 from fused_ddpm.masks import in_parts
 from fused_ddpm.pixels import read_picture, upright
 from fused_ddpm.tiles import Tiles
+
+import numpy as np
+import pytest
+import torch
+from helpers import away_from_zero, exits_with, make_config, run_tiny
+from PIL import Image
 
 SHAPE = 3, 16, 16
 

@@ -2,16 +2,16 @@
 
 import math
 
-import pytest
-import torch
-import torch.nn.functional as F
-from helpers import away_from_zero, make_config
-
 import sparse_ddo
 from fused_ddpm import grids
 from fused_ddpm.fno import Block, FnoUnet, SpectralConv
 from fused_ddpm.grids import dct, idct, places_in_shells, resize, with_modes
 from fused_ddpm.points import WIDTHS
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import away_from_zero, make_config
 
 conditionings = pytest.mark.parametrize("conditioning", ["setconv", "encoder", "concat"])
 

@@ -4,12 +4,6 @@ import ast
 import os
 import time
 
-import numpy as np
-import pytest
-import torch
-from helpers import make_config
-from PIL import Image
-
 import ddpm
 import sparse_ddpm
 import toy_diffusion
@@ -18,6 +12,12 @@ from fused_ddpm.files import UserError
 from fused_ddpm.folders import load_folder, starts
 from fused_ddpm.images import Data, DataError, load_images, load_part, to_float
 from fused_ddpm.pixels import Scale
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_config
+from PIL import Image
 
 RNG = np.random.default_rng(0)
 

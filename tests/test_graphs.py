@@ -3,13 +3,6 @@
 import contextlib
 import weakref
 
-import pytest
-import torch
-from helpers import away_from_zero, make_config
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 import cfg_ddpm
 import ddpm
 import sparse_ddo
@@ -19,6 +12,13 @@ from fused_ddpm.fno import FnoUnet
 from fused_ddpm.folders import Part
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet
+
+import pytest
+import torch
+from helpers import away_from_zero, make_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 SCRIPTS = [ddpm, cfg_ddpm, sparse_ddpm, sparse_ddo]
 by_name = dict(ids=lambda x: getattr(x, "__name__", None))

@@ -1,11 +1,5 @@
 """Data sets: those that need no network, folders good and bad, what is said of missing ones."""
 
-import numpy as np
-import pytest
-import torch
-from helpers import make_config
-from PIL import Image
-
 import cfg_ddpm
 import ddpm
 from fused_ddpm import images, shapes
@@ -22,6 +16,12 @@ from fused_ddpm.images import (
     to_float,
     to_unit,
 )
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_config
+from PIL import Image
 
 
 def save_image(path, array):

@@ -2,15 +2,15 @@
 
 from types import SimpleNamespace
 
-import pytest
-import torch
-import torch.nn as nn
-
 from fused_ddpm import linear
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.folders import Part
 from fused_ddpm.linear import PRIORS, RIDGE, SHARP, LinearFill, telling_order
 from fused_ddpm.masks import hide, in_parts, make_masks, observe
+
+import pytest
+import torch
+import torch.nn as nn
 
 
 def covariance_of(side, reach=2.0):

@@ -4,10 +4,6 @@ import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-
 from fused_ddpm.files import UserError
 from fused_ddpm.masks import (
     PATTERNS,
@@ -19,6 +15,10 @@ from fused_ddpm.masks import (
     make_masks,
     mask_counts,
 )
+
+import numpy as np
+import pytest
+import torch
 
 patterns = pytest.mark.parametrize("pattern", list(PATTERNS))
 

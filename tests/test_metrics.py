@@ -3,10 +3,6 @@
 import math
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-
 from fused_ddpm.fill import interpolate
 from fused_ddpm.metrics import (
     Intervals,
@@ -20,6 +16,10 @@ from fused_ddpm.metrics import (
     table,
     unseen,
 )
+
+import numpy as np
+import pytest
+import torch
 
 
 def pictures():

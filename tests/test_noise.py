@@ -2,11 +2,11 @@
 
 import itertools
 
-import pytest
-import torch
-
 from fused_ddpm import noise, seeded_integers, seeded_uniform
 from fused_ddpm.noise import normal_reference, random_words
+
+import pytest
+import torch
 
 # Random123's kat_vectors
 VECTORS = [

@@ -1,11 +1,11 @@
 """norm_silu: the extension against the reference in float64, the reference against the formula."""
 
-import pytest
-import torch
-
 from fused_ddpm import ops
 from fused_ddpm.ops import norm_silu, norm_silu_reference
 from fused_ddpm.unet import NormSilu
+
+import pytest
+import torch
 
 needs_extension = pytest.mark.skipif("cpu" not in ops.BACKENDS, reason=ops.REASON)
 # One channel a group, or many; more channels than lanes; no multiple of any vector.

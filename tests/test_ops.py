@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 
-import pytest
-import torch
-from torch.autograd import forward_ad
-
 from fused_ddpm import masked_loss, ops, posterior_step, seeded_normal
 from fused_ddpm.noise import START_NOISE, normal_reference
 from fused_ddpm.ops import masked_loss_reference, posterior_step_reference
+
+import pytest
+import torch
+from torch.autograd import forward_ad
 
 DEVICES = [d for d in ops.BACKENDS if d == "cpu" or torch.cuda.is_available()]
 needs_extension = pytest.mark.skipif(not DEVICES, reason=f"extension: {ops.REASON}")

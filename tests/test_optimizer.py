@@ -3,11 +3,11 @@
 import copy
 from types import SimpleNamespace
 
+from fused_ddpm.optimizer import Muon, make_optimizer, orthogonalized
+
 import pytest
 import torch
 import torch.nn as nn
-
-from fused_ddpm.optimizer import Muon, make_optimizer, orthogonalized
 
 
 def matrices(shapes, seed=0):

@@ -1,9 +1,5 @@
 """Pictures: every image in its place, and what the colours say."""
 
-import numpy as np
-import pytest
-import torch
-
 from fused_ddpm import pictures
 from fused_ddpm.files import write
 from fused_ddpm.pictures import (
@@ -18,6 +14,10 @@ from fused_ddpm.pictures import (
     show_seen,
     tile,
 )
+
+import numpy as np
+import pytest
+import torch
 
 SIDE = 18  # of an image of 4x4 in a grid: with its line three times the size
 

@@ -4,12 +4,6 @@ import itertools
 import struct
 import zlib
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
 from fused_ddpm.files import UserError
 from fused_ddpm.images import to_bytes, to_float
 from fused_ddpm.pixels import (
@@ -21,6 +15,12 @@ from fused_ddpm.pixels import (
     upright,
     write_picture,
 )
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 H, W = 7, 5
 RNG = np.random.default_rng(0)

@@ -2,10 +2,6 @@
 
 import math
 
-import pytest
-import torch
-from helpers import make_config
-
 import sparse_ddo
 from fused_ddpm import points as module
 from fused_ddpm.fill import GaussianFill
@@ -21,6 +17,10 @@ from fused_ddpm.points import (
     rasterize,
     set_convolution,
 )
+
+import pytest
+import torch
+from helpers import make_config
 
 
 def a_function(n, channels=1, highest=6):

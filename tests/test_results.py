@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from fused_ddpm.grids import resize
 from fused_ddpm.metrics import psnr
 from fused_ddpm.results import write_results
+
+import pytest
+import torch
 
 
 def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path):

@@ -8,6 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cfg_ddpm
+import ddpm
+import sparse_ddo
+import sparse_ddpm
+from fused_ddpm import folders, images, runs, seeded_normal
+from fused_ddpm.files import UserError
+from fused_ddpm.images import Data, to_float
+from fused_ddpm.processes import Log
+from fused_ddpm.runs import Run, mix
+from fused_ddpm.unet import Unet
+
 import numpy as np
 import pytest
 import torch
@@ -21,17 +32,6 @@ from helpers import (
     tiny_flags,
 )
 from PIL import Image
-
-import cfg_ddpm
-import ddpm
-import sparse_ddo
-import sparse_ddpm
-from fused_ddpm import folders, images, runs, seeded_normal
-from fused_ddpm.files import UserError
-from fused_ddpm.images import Data, to_float
-from fused_ddpm.processes import Log
-from fused_ddpm.runs import Run, mix
-from fused_ddpm.unet import Unet
 
 SCRIPTS = [ddpm, cfg_ddpm, sparse_ddpm, sparse_ddo]
 

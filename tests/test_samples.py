@@ -3,17 +3,17 @@
 import os
 import shutil
 
-import numpy as np
-import pytest
-import torch
-from helpers import make_config
-from PIL import Image
-
 import cfg_ddpm
 import ddpm
 from fused_ddpm import samples as module
 from fused_ddpm.images import DataError
 from fused_ddpm.samples import Samples, read_labels, read_samples
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_config
+from PIL import Image
 
 SHAPE = (3, 4, 5)
 

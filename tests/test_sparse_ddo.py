@@ -3,16 +3,16 @@
 import math
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-from helpers import away_from_zero, exits_with, make_config, read_json
-
 import sparse_ddo as script
 from fused_ddpm.grids import resize
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.metrics import psnr
 from fused_ddpm.points import Points, at_points, points_of
+
+import numpy as np
+import pytest
+import torch
+from helpers import away_from_zero, exits_with, make_config, read_json
 
 TINY = """--data shapes --device cpu --image-size 16 --modes 8 --dim 8 --dim-mults 1 2 --steps 6
 --batch-size 16 --sample-steps 4 --num-samples 4 --num-draws 2 --lr 1e-3 --save-every 99""".split()

@@ -4,12 +4,6 @@ import functools
 import math
 from dataclasses import replace
 
-import numpy as np
-import pytest
-import torch
-from helpers import away_from_zero, exits_with, make_config, read_json
-from PIL import Image
-
 import fill_images
 import fused_ddpm.ops
 import sparse_ddpm as script
@@ -18,6 +12,12 @@ from fused_ddpm.images import Data, load_images, to_float
 from fused_ddpm.linear import LinearFill
 from fused_ddpm.masks import TEST_INDEX, hide, make_masks
 from fused_ddpm.metrics import psnr
+
+import numpy as np
+import pytest
+import torch
+from helpers import away_from_zero, exits_with, make_config, read_json
+from PIL import Image
 
 TINY = """--data shapes --device cpu --image-size 16 --dim 8 --dim-mults 1 2 --steps 6
 --batch-size 16 --num-timesteps 50 --sample-steps 4 --num-samples 4 --num-draws 2 --lr 1e-3

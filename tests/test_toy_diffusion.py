@@ -2,13 +2,13 @@
 
 import os
 
+import toy_diffusion as script
+from fused_ddpm.files import occupy
+
 import numpy as np
 import pytest
 import torch
 from helpers import exits_with, load, read_json
-
-import toy_diffusion as script
-from fused_ddpm.files import occupy
 
 TINY = """--data shapes --device cpu --image-size 16 --widths 8 16 16 --steps 100 --batch-size 16
 --num-samples 10 --lr 5e-3""".split()

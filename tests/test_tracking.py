@@ -6,14 +6,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
-from helpers import exits_with, read_json, run_tiny
-from test_runs import SCRIPTS, by_name, stop_after
-
 import ddpm
 import sparse_ddpm
 from fused_ddpm import tracking
 from fused_ddpm.tracking import flat
+
+import pytest
+from helpers import exits_with, read_json, run_tiny
+from test_runs import SCRIPTS, by_name, stop_after
 
 
 class Log:

@@ -2,10 +2,6 @@
 
 import math
 
-import pytest
-import torch
-from helpers import away_from_zero, make_config
-
 import cfg_ddpm
 import ddpm
 import sparse_ddpm
@@ -19,6 +15,10 @@ from fused_ddpm.unet import (
     Unet,
     zero,
 )
+
+import pytest
+import torch
+from helpers import away_from_zero, make_config
 
 CLASSES = 4
 

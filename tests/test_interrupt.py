@@ -1,0 +1,33 @@
+"""Ctrl-C during the imports: one line. A torch whose import is interrupted stands for it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parents[1]
+SCRIPTS = ["toy_diffusion", "ddpm", "cfg_ddpm", "sparse_ddpm", "sparse_ddo"]
+
+
+def run(tmp_path, *arguments):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), str(HERE)])
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+                          capture_output=True, text=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "evaluate", "fill_images", "bench"])
+def test_one_line(tmp_path, script):
+    done = run(tmp_path, HERE / f"{script}.py")
+    assert (done.stdout, done.stderr) == ("", f"{script}.py: interrupted\n")
+    assert done.returncode != 0
+
+
+def test_other_programs_keep_their_traceback(tmp_path):
+    (tmp_path / "other.py").write_text("import fused_ddpm")
+    for arguments in (["-c", "import fused_ddpm"], ["other.py"]):
+        done = run(tmp_path, *arguments)
+        assert "Traceback" in done.stderr and "interrupted\n" not in done.stderr
