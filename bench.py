@@ -1,6 +1,6 @@
 """How fast, and how good, against what one would otherwise run.
 
-    python bench.py                                # all of it: an hour on two CPU cores
+    python bench.py                                # all of it: two hours on two CPU cores
     python bench.py --only ops peers               # or some of its parts, see below
     python bench.py --only fill --checkpoint out/sparse_ddpm/last.pt
     python bench.py --json results.json            # also as JSON, with the machine's name
@@ -19,6 +19,9 @@ more channels. Startup: from nothing to the help, and to the first training step
 Peers (denoising-diffusion-pytorch, diffusers; pip install -e '.[peers]') get the same batch, image
 size and precision, and the width that comes nearest in parameters. They and ddpm.py take turns, in
 five rounds, so that a machine that slows down slows all of them.
+
+Quality: the Fréchet distance (see evaluate.py) to Fashion-MNIST, or --data, after 1, 2, 5 and 10
+minutes of training, of ddpm.py and the peers.
 
 Fill: ways to fill in unseen pixels (pip install -e '.[fill]'), on the test images of sparse_ddpm.py
 and under the same masks: how near they come, over the unseen pixels, and mean milliseconds an
@@ -65,6 +68,7 @@ PEERS = ["denoising_diffusion_pytorch", "diffusers"]
 HERE = Path(__file__).parent
 BATCH = {"small": 32, "full": 128}  # of the presets
 ROUNDS = 5  # of what takes turns
+MINUTES, NUM_QUALITY, PEER_LR = [1, 2, 5, 10], 512, 1e-3  # of quality
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,10 +317,10 @@ def nearest_width(make, parameters):
     return make(min(sizes, key=lambda width: abs(sizes[width] - parameters)))
 
 
-def run_peer(job):
-    """Train and sample with another library as its documentation shows.
+def make_peer(job, channels=3):
+    """(network, loss(x), sample()) of another library, as its documentation shows.
 
-    Adam, clipped gradients, no averaged weights.
+    x and what sample returns: images (batch, channels, size, size) in [-1, 1].
     """
     device, batch, steps, size = job["device"], job["batch"], job["sample_steps"], job["size"]
     if device.startswith("cuda"):  # as the scripts do
@@ -327,42 +331,59 @@ def run_peer(job):
     if job["name"] == "denoising_diffusion_pytorch":
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-        make = lambda width: Unet(dim=width, dim_mults=mults, flash_attn=device != "cpu")
-        net = nearest_width(make, job["parameters"])
+        options = dict(dim_mults=mults, channels=channels, flash_attn=device != "cpu")
+        net = nearest_width(lambda width: Unet(dim=width, **options), job["parameters"])
         # It has DDPM with all timesteps, and DDIM.
         few = None if job["sampler"] == "ddpm" else steps
         process = GaussianDiffusion(
             net, image_size=size, timesteps=steps if few is None else 1000, sampling_timesteps=few
         )
         process = process.to(device)
-        loss_of, sample = process, lambda: process.sample(batch_size=batch)
-    else:
-        from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+        sample = lambda: 2 * process.sample(batch_size=batch) - 1
+        return net, lambda x: process(x / 2 + 0.5), sample
 
-        down = ["DownBlock2D"] + ["AttnDownBlock2D"] * (len(mults) - 1)
-        up = [name.replace("Down", "Up") for name in reversed(down)]
-        make = lambda width: UNet2DModel(
-            sample_size=size,
-            block_out_channels=[m * width for m in mults],
-            norm_num_groups=8,
-            down_block_types=down,
-            up_block_types=up,
-        )
-        net = nearest_width(make, job["parameters"]).to(device)
-        kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[job["sampler"]]
-        scheduler = kind(num_train_timesteps=1000)
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
-        def loss_of(x):
-            noise, t = torch.randn_like(x), torch.randint(1000, (batch,), device=device)
-            return F.mse_loss(net(scheduler.add_noise(x, noise, t), t).sample, noise)
+    down = ["DownBlock2D"] + ["AttnDownBlock2D"] * (len(mults) - 1)
+    up = [name.replace("Down", "Up") for name in reversed(down)]
+    make = lambda width: UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=[m * width for m in mults],
+        norm_num_groups=8,
+        down_block_types=down,
+        up_block_types=up,
+    )
+    net = nearest_width(make, job["parameters"]).to(device)
+    kind = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[job["sampler"]]
+    scheduler = kind(num_train_timesteps=1000)
 
-        def sample():
-            scheduler.set_timesteps(steps)
-            x = torch.randn(batch, 3, size, size, device=device)
-            for t in scheduler.timesteps:
-                x = scheduler.step(net(x, t).sample, t, x).prev_sample
-            return x
+    def loss_of(x):
+        noise, t = torch.randn_like(x), torch.randint(1000, (batch,), device=device)
+        return F.mse_loss(net(scheduler.add_noise(x, noise, t), t).sample, noise)
 
+    def sample():
+        scheduler.set_timesteps(steps)
+        x = torch.randn(batch, channels, size, size, device=device)
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x, t).sample, t, x).prev_sample
+        return x
+
+    return net, loss_of, sample
+
+
+def peer_step(net, optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+
+
+def run_peer(job):
+    """Train and sample with another library: Adam, clipped gradients, no averaged weights."""
+    device, batch, steps, size = job["device"], job["batch"], job["sample_steps"], job["size"]
+    net, loss_of, sample = make_peer(job)
     optimizer, clock = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True), Clock(device)
     bf16 = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=job["bf16"])
     clock.watch(optimizer, "step")
@@ -370,10 +391,7 @@ def run_peer(job):
         x = torch.rand(batch, 3, size, size, device=device)
         with bf16:
             loss = loss_of(x)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
+        peer_step(net, optimizer, loss)
     seconds = []
     net.eval()
     with torch.no_grad(), bf16, contextlib.redirect_stderr(io.StringIO()):  # its progress bars
@@ -388,6 +406,73 @@ def run_peer(job):
     parameters = sum(p.numel() for p in net.parameters())
     row = {"batch": batch, "sample_batch": batch, "parameters": parameters, "flops": flops}
     return row | {"train": clock.between("step"), "sample": statistics.mean(seconds[1:]) / steps}
+
+
+def run_quality(job):
+    """How good the images are after so many minutes of training on real ones.
+
+    "distances": evaluate.py's, by its classifier, of NUM_QUALITY images of DDIM; "seconds" of
+    training. ddpm.py starts anew for each, as its learning rate falls over the steps asked for;
+    a peer trains on, at a constant rate, and samples from averaged weights.
+    """
+    import evaluate
+    from fused_ddpm import features, samples
+
+    device, batch, name = job["device"], job["batch"], job["data"]
+    parts = [images.load_images(name, "data", job["size"], train) for train in (True, False)]
+    classes = len(images.class_names(name))
+    classifier, _ = features.get_classifier("data", *parts, classes, device)
+    see = lambda x: classifier.features(images.to_float(x))
+    real = features.extract(see, parts[0][0][:10_000], device)
+    row = {"distances": [], "seconds": []}
+
+    def add(some, seconds):
+        found = features.extract(see, some[:NUM_QUALITY], device)
+        row["distances"].append(evaluate.frechet_distance(found, real))
+        row["seconds"].append(seconds)
+
+    if job["name"] == "ddpm":
+        script, flags = importlib.import_module("ddpm"), ["--data", name, "--device", device]
+        flags += ["--preset", job["preset"], "--image-size", job["size"], "--sampler", "ddim"]
+        flags += ["--sample-steps", job["sample_steps"], "--num-samples", NUM_QUALITY]
+        for minutes in MINUTES:
+            clock = Clock(device)
+            loss = clock.watch(script, "training_loss")
+            steps = ["--steps", int(60 * minutes / job["step"]), "--sample-every", 10**6]
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+                script.main([*map(str, flags + steps), "--out-dir", folder])
+                found = samples.read_samples(Path(folder, "samples.npy"))
+            times, script.training_loss = clock.starts["training_loss"], loss
+            add(found, times[-1] - times[0])
+        return row
+
+    torch.manual_seed(0)
+    x_start, (net, loss_of, sample) = parts[0][0].to(device), make_peer(job, parts[0][0].shape[1])
+    optimizer = torch.optim.Adam(net.parameters(), lr=PEER_LR, fused=True)
+    bf16 = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=job["bf16"])
+    mean, trained, step = {k: v.clone() for k, v in net.state_dict().items()}, 0, 0
+    for minutes in MINUTES:
+        net.train()
+        while trained < 60 * minutes:
+            start = time.perf_counter()
+            x = images.to_float(x_start[torch.randint(len(x_start), (batch,), device=device)])
+            with bf16:
+                loss = loss_of(x)
+            peer_step(net, optimizer, loss)
+            step += 1
+            keep = min(0.995, step / (10 + step))
+            for k, v in net.state_dict().items():
+                mean[k].lerp_(v, 1 - keep) if v.is_floating_point() else mean[k].copy_(v)
+            synchronize(device)
+            trained += time.perf_counter() - start
+        last = {k: v.clone() for k, v in net.state_dict().items()}
+        net.load_state_dict(mean)
+        net.eval()
+        with torch.no_grad(), bf16, contextlib.redirect_stderr(io.StringIO()):
+            found = [sample().float() for _ in range(-(-NUM_QUALITY // batch))]
+        add(images.to_bytes(torch.cat(found)).cpu(), trained)
+        net.load_state_dict(last)
+    return row | {"steps": step}
 
 
 def run_job(job):
@@ -501,6 +586,24 @@ def bench_growth(args, job):
     changes += [{"flags": ["--dim", dim]} for dim in (8, 16, 32, 64)]
     rows = run_jobs([job | change for change in changes], "growth")
     print_table("ddpm.py as batch, images and parameters grow", rows)
+    return rows
+
+
+def bench_quality(args, job):
+    """ddpm.py and the peers after MINUTES of training."""
+    name = images.choose_data(args.data, args.preset == "full")
+    job |= {"sampler": "ddim", "mode": "eager"}
+    if not (ours := run_job(job | {"name": "ddpm", "flags": ["--sampler", "ddim"]})):
+        return []
+    job |= {"kind": "quality", "data": name, "step": ours["train"], "bf16": ours["bf16"]}
+    job |= {"parameters": ours["parameters"]}
+    there = [name for name in PEERS if importlib.util.find_spec(name)]
+    rows = run_jobs([job | {"name": name} for name in ["ddpm", *there]], "quality")
+    print(f"\nFréchet distance of {NUM_QUALITY} images, {name}, by minutes of training\n")
+    for r in rows:
+        figures = zip(MINUTES, r["seconds"], r["distances"], strict=True)
+        shown = [f"{m} min ({s:.0f} s) {d:.2f}" for m, s, d in figures]
+        print(f"{r['name']}: {', '.join(shown)}")
     return rows
 
 
@@ -693,7 +796,8 @@ def machine(device):
 
 def main():
     parts = {"ops": bench_ops, "scripts": bench_scripts, "peers": bench_peers}
-    parts |= {"growth": bench_growth, "startup": bench_startup, "fill": bench_fill}
+    parts |= {"growth": bench_growth, "startup": bench_startup, "quality": bench_quality}
+    parts |= {"fill": bench_fill}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, names = parser.add_argument, list(parts)
     add("--only", nargs="+", choices=names, default=names, help="parts to run")
@@ -705,13 +809,14 @@ def main():
     slow = "leave out torch.compile, which takes minutes to start"
     add("--no-compile", action="store_true", help=slow)
     add("--checkpoint", metavar="FILE", help="of sparse_ddpm.py, for fill")
-    add("--data", default="auto", help="for fill: as for sparse_ddpm.py; auto: the checkpoint's")
+    add("--data", default="auto", help="for quality and fill; auto: the default, the checkpoint's")
     add("--num-images", type=int, default=256, help="for fill")
     add("--json", metavar="FILE", help="write the results there too")
     add("--job", type=json.loads, help=argparse.SUPPRESS)  # of a process that main() starts
     args = parser.parse_args()
     if args.job:
-        row = (run_peer if args.job["name"] in PEERS else run_script)(args.job)
+        run = run_peer if args.job["name"] in PEERS else run_script
+        row = (run_quality if args.job.get("kind") == "quality" else run)(args.job)
         print(json.dumps(row | {"memory": peak_memory(args.job["device"])}))
         return
 

@@ -3,7 +3,7 @@
 import math
 
 import bench
-from fused_ddpm import metrics
+from fused_ddpm import features, images, metrics
 
 import pytest
 import torch
@@ -65,3 +65,20 @@ def test_no_spread_scores_the_distance():
     one = torch.ones(1, dtype=torch.float64)
     score = bench.normal_crps(0 * one, 0 * one, 0.7 * one, one.bool())
     assert score == pytest.approx(0.7, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddpm", *bench.PEERS])
+def test_quality_of_minutes(name, tmp_path, monkeypatch):
+    if name != "ddpm":
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(images, "SHAPES_COUNT", {True: 64, False: 32})
+    monkeypatch.setattr(features, "STEPS", 2)
+    monkeypatch.setattr(bench, "MINUTES", [0.002, 0.01])
+    monkeypatch.setattr(bench, "NUM_QUALITY", 24)
+    job = {"name": name, "device": "cpu", "preset": "small", "batch": 8, "size": 16}
+    job |= {"data": "shapes", "sampler": "ddim", "sample_steps": 2, "step": 0.05, "bf16": False}
+    row = bench.run_quality(job | {"parameters": 100_000})
+    assert len(row["distances"]) == len(row["seconds"]) == 2
+    assert 0 < row["seconds"][0] < row["seconds"][1]
+    assert all(0 < d < 1e4 for d in row["distances"])
