@@ -6,10 +6,12 @@ The rest is in modules, one idea each: unet, fno, masks, fill, config, runs, che
 samples, pictures, metrics. `fused_ddpm.status()` says which backend runs, and why.
 """
 
-import fused_ddpm.interrupt  # noqa: F401, before torch
+from fused_ddpm.interrupt import imported  # isort: skip, before torch
 from fused_ddpm.graphs import graphed
 from fused_ddpm.noise import seeded_integers, seeded_uniform
 from fused_ddpm.ops import masked_loss, norm_silu, posterior_step, seeded_normal, status
+
+imported()
 
 __all__ = [
     "graphed",
