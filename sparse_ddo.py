@@ -2,36 +2,38 @@
 
 Denoising diffusion operators (DDO, Lim et al. 2023, arXiv 2302.07400), conditioned on points of the
 function: 10% of the pixels, or any places. State, noise and network are defined for functions and
-only then sampled: what is learnt at 32x32 also reconstructs at 48x48 or 64x64. In the orthonormal
-cosine transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
+only then sampled: what is learnt at 32x32 also reconstructs at 48x48 or 64x64.
 
-    z_t = alpha_k(t) x + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)       blurred and noisy
+The points alone give the best linear guess h by the covariance of the training images (kriging; see
+points.py), off by a variance v(u) at a place u. What diffuses is what they leave open, in units of
+that: r = (x - h) / sqrt(v), which is 0 or so next to a point and has variance 1 or so elsewhere. In
+the orthonormal cosine transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
+
+    z_t = alpha_k(t) r + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)       blurred and noisy
     a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it is 10 to -10
     e: a Gaussian process with covariance exp(-(r / l)^2), mirrored at the edges
 
 e is no white noise, which is no function; its variance is 1 inside, 2 at an edge, 4 in a corner.
 The blur is a Gaussian of s / pi image widths (Hoogeboom & Salimans 2022, arXiv 2209.05557).
 
-The network, an FNO U-Net, predicts the residual to the best linear guess, as in sparse_ddpm.py, but
-mode by mode. The points alone give a guess h by the covariance of the training images (kriging; see
-points.py), off by a variance V_k in mode k; z_t / alpha_k is off by N_k / alpha_k^2, N_k that of
-sigma e. Weighted by their precisions they give the guess g, of precision P_k:
+The network, an FNO U-Net, predicts the residual to the best linear guess g of r, as in
+sparse_ddpm.py, but mode by mode. With V_k the variance of r in mode k, N_k that of sigma e:
 
-    P_k = 1 / V_k + alpha_k^2 / N_k,    g_k = (h_k / V_k + alpha_k z_k / N_k) / P_k
-    x_k = g_k + f_k / sqrt(P_k)         so that f has to be white noise or so at every t
+    g_k = alpha_k V_k z_k / D_k,    D_k = alpha_k^2 V_k + N_k, the variance of z_k
+    r_k = g_k + f_k sqrt(V_k N_k / D_k)    so that f has to be white noise or so at every t
 
 A mode's coefficients, divided by the side of the grid, are the same on any grid that holds it, and
-h is a function; so g is one, and x, whose f is made of the modes of the training grid. A finer grid
-adds modes of which no training image says anything: x has none of them. On a coarser one z says
-nothing of the modes beyond it, alpha_k = 0. Nothing is divided by alpha_k.
+h and v are functions; so g is one, and x, which is made on the training grid. A finer grid adds
+modes of which no training image says anything: x has none of them. On a coarser one z says nothing
+of the modes beyond it, alpha_k = 0. Nothing is divided by alpha_k.
 
-A step t -> s is that of DDIM (Song et al. 2021) for x - g, and exact for the linear rest, whose
-spread few steps would narrow. With D = alpha^2 V + N, the variance of z around alpha h,
+A step t -> s is that of DDIM (Song et al. 2021) for r - g, and exact for the linear rest, whose
+spread few steps would narrow:
 
-    z_s = alpha_s h + sqrt((D_s - w) / D_t) (z_t - alpha_t h) + c (x - g) + sqrt(w) e'
+    z_s = sqrt((D_s - w) / D_t) z_t + c (r - g) + sqrt(w) e'
     c = alpha_s - alpha_t sqrt((N_s - w) / N_t)
 
-where w is eta^2 of the variance that the posterior of z_s given x and z_t has.
+where w is eta^2 of the variance that the posterior of z_s given r and z_t has.
 
     python sparse_ddo.py                                                     # train, reconstruct
     python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
@@ -48,7 +50,7 @@ from fused_ddpm import graphed, grids, masked_loss, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
 from fused_ddpm.fno import FnoUnet
-from fused_ddpm.grids import dct, gp_noise, idct, noise_scale, white_noise, with_modes
+from fused_ddpm.grids import dct, gp_noise, idct, noise_scale, resize, white_noise, with_modes
 from fused_ddpm.images import Data, mirror_half, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
 from fused_ddpm.metrics import Intervals
@@ -164,52 +166,54 @@ def sampling_table(n, config):
 ROUNDING = 1e-12  # a variance: float32 leaves as much to modes that hardly have noise
 
 
-def q_sample(x_start, t, noise, config):
-    """z_t of the forward process. x_start, noise: (B, C, n, n); t: (B,) in [0, 1]."""
-    alpha = log_alpha(t, x_start.shape[-1], config).exp().float()[:, None]
+def q_sample(r, t, noise, config):
+    """z_t of the forward process. r, noise: (B, C, n, n); t: (B,) in [0, 1]."""
+    alpha = log_alpha(t, r.shape[-1], config).exp().float()[:, None]
     _, sigma, _ = make_schedule(t, config)
-    return idct(alpha * dct(x_start)) + sigma.float()[:, None, None, None] * noise
+    return idct(alpha * dct(r)) + sigma.float()[:, None, None, None] * noise
 
 
 def predict(model, z_t, t, context, config):
-    """(x, scale, f) on the grid of z_t; the loss of x is in units of scale.
+    """(r, scale, f) on the training grid (m x m), whatever that of z_t; the loss of x is in units
+    of scale.
 
-    context: of LinearGuess.see, h and v on the training grid. Modes are divided by the grid's side.
+    context: of LinearGuess.see. Modes are divided by the grid's side.
     """
-    (h, V, v, seen), n = context, z_t.shape[-1]
+    (h, std, V, seen), n = context, z_t.shape[-1]
     m = h.shape[-1]
-    z, h_k = with_modes(dct(z_t) / n, m), dct(h) / m
+    z = with_modes(dct(z_t) / n, m)
     alpha = with_modes(log_alpha(t, min(n, m), config).exp().float(), m)[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
     noise = (sigma * noise_scale(m, config.length_scale, z.device) / m) ** 2 + ROUNDING
-    precision = 1 / V + alpha**2 / noise
-    known, k = (h_k / V + alpha * z / noise) / precision, precision.rsqrt()
-    news = idct((z - alpha * h_k) * (alpha**2 * V + noise).rsqrt())  # white, of size 1
-    x_in = idct(known if config.objective == "residual" else z) * m
-    inputs = torch.cat([x_in, news, h, v.log() / 4 + 1], dim=1)
+    D = alpha**2 * V + noise
+    known, k = alpha * V * z / D, (V * noise / D).sqrt()
+    x_in, news = h + std * idct(known) * m, idct(z * D.rsqrt())  # the latter white, of size 1
+    inputs = torch.cat([x_in, news, h, std.log() / 2 + 1], dim=1)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bfloat16):
         f = model(inputs, t, seen).float()
-    out, scale = dct(f), k.square().sum((2, 3), keepdim=True).clamp(min=1e-5).sqrt()
+    scale = k.square().sum((2, 3), keepdim=True) * std.square().mean((2, 3), keepdim=True)
+    scale = scale.clamp(min=1e-5).sqrt()
     if config.objective == "x0":
         known, k, scale = 0, 1 / m, 1
     elif config.objective == "eps":  # where alpha is nearly 0 that is but rounding
         known, k = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / m))
-    x, f = (idct(with_modes(u, n)) * n for u in (known + k * out, out / m))
-    return x, scale, f
+    return idct(known + k * dct(f)) * m, scale, f
 
 
 def training_loss(model, guess, x_start, t, noise, masks, points, config):
     """The loss of a batch (B, C, n, n) in [-1, 1]. t: (B,) in [0, 1]; masks: see make_masks."""
-    z_t = q_sample(x_start, t, noise, config)
-    context = guess.see(points, z_t.shape[-1], config.conditioning == "setconv")
-    x, scale, f = predict(model, z_t, t, context, config)
-    out, goal = (f, noise) if config.objective == "eps" else (x / scale, x_start / scale)
+    context = guess.see(points, x_start.shape[-1], config.conditioning == "setconv")
+    h, std, *_ = context
+    open_yet = x_start - h
+    z_t = q_sample(open_yet / std, t, noise, config)
+    r, scale, f = predict(model, z_t, t, context, config)
+    out, goal = (f, noise) if config.objective == "eps" else (std * r / scale, open_yet / scale)
     where = masks[1] if config.loss_region == "query" else None
     return masked_loss(out, goal, where, kind=config.loss)
 
 
 def make_sampler(model, channels, config):
-    """sample(seeds, points): z (B, C, n, n) after each reverse step, n = image_size.
+    """sample(seeds, points): z (B, C, n, n) after each reverse step, n = image_size; in the end x.
 
     seeds: int64 (B,). points: Points, of values in [-1, 1]. An image depends on its own seed and
     points alone.
@@ -218,27 +222,30 @@ def make_sampler(model, channels, config):
     times, alpha, N, c, spread = sampling_table(n, config)
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(z, step, seeds, *context):
-        x, _, _ = predict(model, z, times[step].expand(len(z)), context, config)
+    def reverse_step(z, step, seeds, h, std, V, seen):
+        t, context = times[step].expand(len(z)), (h, std, V, seen)
+        r, _, _ = predict(model, z, t, context, config)
         if steps == 1:  # from noise: the posterior mean
-            return x
-        h, V = (with_modes(u, n) for u in (dct(context[0]) / len(context[0][0, 0]), context[1]))
+            return resize(r, n)
+        r = ((h + std * r).clamp(-1, 1) - h) / std
+        V, r, z = with_modes(V, n), with_modes(dct(r) / len(h[0, 0]), n), dct(z) / n
         D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
-        off = dct(z) / n - alpha[step] * h
-        g = h + alpha[step] * V / D_t * off
+        g = alpha[step] * V / D_t * z
         kept = ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt()
-        z = alpha[step + 1] * h + kept * off + c[step] * (dct(x.clamp(-1, 1)) / n - g)
         noise = white_noise(seeds, channels, n, step + 1, steps) if config.eta else 0
-        return idct(z + spread[step] * noise) * n
+        return idct(kept * z + c[step] * (r - g) + spread[step] * noise) * n
 
     @torch.no_grad()
     def sample(seeds, points):
         context = model.guess.see(points, n, config.conditioning == "setconv")
+        h, std, *_ = context
         z = gp_noise(white_noise(seeds, channels, n, 0, steps), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)
-            if config.enforce_observed and step + 1 == steps:
-                z = put_back(z, points, config.length_scale)
+            if step + 1 == steps:
+                z = resize(h + std * resize(z, h.shape[-1]), n)
+                if config.enforce_observed:
+                    z = put_back(z, points, config.length_scale)
             yield z
 
     return sample

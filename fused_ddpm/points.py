@@ -16,6 +16,7 @@ import torch.nn as nn
 
 WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
 NUGGET = 1e-4  # added to variances of what is enforced
+LEAST = 0.02  # variance next to a point, in units of the mean
 
 
 class Points(NamedTuple):
@@ -118,9 +119,9 @@ class LinearGuess(nn.Module):
 
         h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O)),    v(u) = K(u, u) - K(u, O) K(O, O)^-1 K(O, u)
 
-    of which the pixels of the s x s grid hold all there is. Its error x - h is taken to be
-    uncorrelated between modes. mode_variance is measured on training images, in units of the
-    mean of v, which tells of how many points there are and where.
+    of which the pixels of the s x s grid hold all there is. What it leaves open, (x - h) / sqrt(v),
+    is taken to be uncorrelated between modes; their variances, `spectrum`, are measured on training
+    images. Where v is all but 0, next to points, it counts as LEAST of its mean.
     """
 
     def __init__(self, shape, fraction):
@@ -130,7 +131,7 @@ class LinearGuess(nn.Module):
         side = min(n, LARGEST_SIDE)
         self.linear = LinearFill((channels, side, side), fraction)
         self.register_buffer("rest", torch.tensor(0.0))  # variance of the modes above
-        self.register_buffer("mode_variance", torch.ones(n, n) / n**2)
+        self.register_buffer("spectrum", torch.ones(n, n) / n**2)
 
     @torch.no_grad()
     def learn(self, data, config):
@@ -147,17 +148,15 @@ class LinearGuess(nn.Module):
         self.linear.measure(lowest, *masks)
         self.rest.copy_((x.square().mean() - lowest.square().mean()).clamp(min=0))
         mask, _ = make_masks(some, 0, n, config)
-        square, mean = 0, 0
+        square = 0
         for part, seen in zip(x.split(64), mask.split(64), strict=True):
-            filled, variance = self(points_of(part, seen))
-            square = square + (dct(part - filled) / n).square().mean(1).sum(0)
-            mean = mean + variance.mean((1, 2, 3)).sum()
-        around = square + 1e-6 * square.mean()
-        self.mode_variance.copy_(around / mean)
+            h, std, *_ = self.see(points_of(part, seen), n)
+            square = square + (dct((part - h) / std) / n).square().mean(1).sum(0) / len(x)
+        self.spectrum.copy_(square + 1e-6 * square.mean())
 
     def forward(self, points):
         """(h, v), (B, C, n, n) and (B, 1, n, n)."""
-        (places, values, there), n = points, len(self.mode_variance)
+        (places, values, there), n = points, len(self.spectrum)
         mean, K = self.linear.mean.flatten(1), self.linear.covariance
         side, whole = len(self.linear.mean[0]), torch.eye(places.shape[1], device=K.device)
         at = places * side - 0.5
@@ -185,12 +184,12 @@ class LinearGuess(nn.Module):
         return h, v
 
     def see(self, points, n, as_points=True):
-        """(h, V, v, seen): all that a network is told about points of functions on an n x n grid.
+        """(h, std, V, seen): all that a network is told about points of functions on an n x n grid.
 
-        V: (B, 1, m, m), of the modes. seen: of set_convolution on the m x m grid of h; or where a
-        network wants pixels, of `rasterize` on the n x n grid.
+        h, std: (B, C, m, m), (B, 1, m, m). V: (B, 1, m, m), of the modes of (x - h) / std. seen: of
+        set_convolution on their grid; or where a network wants pixels, of `rasterize` on n x n.
         """
         h, v = self(points)
-        V = self.mode_variance * v.mean((2, 3), keepdim=True)
+        std = v.clamp(min=LEAST * v.mean((2, 3), keepdim=True)).sqrt()
         seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, n)
-        return h, V, v, seen
+        return h, std, self.spectrum.expand_as(std), seen

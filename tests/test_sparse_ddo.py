@@ -126,15 +126,14 @@ MEAN, STD = 0.1, 0.15  # the data of the closed form: a Gaussian process of this
 
 
 class Stub:
-    """A network, and of the points a guess h with the variances V of its modes, all known."""
+    """A network, and of the points a guess h, off by std with variances V of its modes."""
 
-    def __init__(self, network, h, V):
-        self.network, self.h, self.V = network, h, V
+    def __init__(self, network, h, std, V):
+        self.network, self.parts = network, (h, std, V, h)
         self.guess = SimpleNamespace(see=self.see)
 
     def see(self, points, n, as_points):
-        h = self.h.expand(len(points.places), -1, -1, -1)
-        return h, self.V.expand(len(h), 1, -1, -1), torch.ones_like(h[:, :1]), h
+        return [x.expand(len(points.places), 1, -1, -1) for x in self.parts]
 
     def __call__(self, inputs, t, seen):
         return self.network(inputs, t)
@@ -160,6 +159,7 @@ def test_gaussian_data_come_back(n, steps, eta, objective):
     options = dict(objective=objective, sample_steps=steps, eta=eta, enforce_observed=False)
     config, count = small_config(image_size=n, **options), 1500
     k2, spectrum = spectrum_of(n)
+    _, prior = spectrum_of(32)
     mean = torch.zeros(n, n, dtype=torch.float64)
     mean[0, 0] = n * MEAN
 
@@ -167,26 +167,23 @@ def test_gaussian_data_come_back(n, steps, eta, objective):
         a, sigma, blur = at(t)
         return a * torch.exp(-k2 * blur**2 / 2), sigma
 
-    def gain(alpha, sigma):  # E[x | z] = mean + gain (z - alpha mean)
-        return alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-
-    def best(inputs, t):
+    def best(inputs, t):  # E[r | z] = alpha / (alpha^2 + sigma^2) z, as r has the noise's spectrum
         if objective == "residual":
             return torch.zeros_like(inputs[:, :1])
         alpha, sigma = of_modes(t[0].item(), k2[:32, :32])
-        u = script.dct(inputs[:, :1])  # z on the grid of training
-        known = mean[:32, :32].float() * 32 / n
-        x = known + gain(alpha, sigma).float() * (u - alpha.float() * known)
-        return script.idct(x if objective == "x0" else (u - alpha.float() * x) / sigma)
+        D = (alpha**2 + sigma**2) * prior / 32**2 + 1e-12
+        z = script.dct(inputs[:, 1:2]) * D.sqrt() * 32  # on the grid of training
+        r = alpha / (alpha**2 + sigma**2) * z
+        return script.idct((r if objective == "x0" else (z - alpha * r) / sigma).float())
 
     def closed_form(upto):  # the modes' mean and variance: exact whatever the steps
-        if upto == steps:
+        if upto == steps:  # x itself
             return mean, STD**2 * spectrum
         alpha, sigma = of_modes((1 - upto / steps) ** 2)
-        return alpha * mean, (alpha**2 * STD**2 + sigma**2) * spectrum
+        return 0 * mean, (alpha**2 + sigma**2) * spectrum
 
-    _, prior = spectrum_of(32)
-    model = Stub(best, torch.full((1, 1, 32, 32), MEAN), (STD**2 * prior / 32**2).float())
+    h, std = (torch.full((1, 1, 32, 32), value) for value in (MEAN, STD))
+    model = Stub(best, h, std, (prior / 32**2).float())
     sample = script.make_sampler(model, 1, config)
     first, *_, last = sample(torch.arange(count), no_points(count))
     big = spectrum > 1e-3 * spectrum[0, 0]
@@ -201,6 +198,22 @@ def test_gaussian_data_come_back(n, steps, eta, objective):
         assert ratio.mean().item() == pytest.approx(1, abs=0.01)
         assert ratio.std().item() == pytest.approx((2 / count) ** 0.5, rel=0.25)
     assert n == 32 or script.dct(last)[:, 0, 32:].abs().max() < 1e-3
+
+
+def test_draws_vary_as_much_as_the_guess_is_off():
+    """Pixel by pixel, where the guess is all there is; on a finer grid, too."""
+    _, prior = spectrum_of(32)
+    V = (prior / prior.sum()).float()  # of variance 1 in a pixel, mirrored at the edges
+    white = torch.randn(4000, 32, 32, generator=torch.Generator().manual_seed(1))
+    edge = (script.idct(white * V.sqrt()) * 32).std(0)
+    std = torch.linspace(0.02, 0.2, 32).expand(1, 1, 32, 32)
+    model = Stub(lambda inputs, t: torch.zeros_like(inputs[:, :1]), 0 * std, std, V)
+    for n in (32, 64):
+        config = small_config(image_size=n, enforce_observed=False, sample_steps=10)
+        *_, x = script.make_sampler(model, 1, config)(torch.arange(1000), no_points(1000))
+        ratio = resize(x, 32).std(0)[0] / (std[0, 0] * edge)
+        assert ratio.mean().item() == pytest.approx(1, abs=0.01)
+        assert (ratio - 1).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
@@ -261,11 +274,11 @@ def test_the_same_function_on_another_grid(conditioning, n):
         z_t = script.q_sample(low_modes(m, 0), t, 0.3 * low_modes(m, 1), config)
         context = model.guess.see(points, m, conditioning == "setconv")
         with torch.no_grad():
-            x, _, f = script.predict(model, z_t, t, context, config)
-        found[m] = torch.cat([x, f])
+            r, _, f = script.predict(model, z_t, t, context, config)
+        found[m] = torch.cat([r, f])
     assert found[32].std() > 0.05
-    for fine, coarse in zip(found[n].split(2), found[32].split(2), strict=True):  # x, then f
-        off = (resize(fine, 32) - coarse).norm() / coarse.norm()
+    for fine, coarse in zip(found[n].split(2), found[32].split(2), strict=True):  # r, then f
+        off = (fine - coarse).norm() / coarse.norm()
         assert off < 1e-3 if conditioning == "setconv" else off > 5e-3
 
 
@@ -387,37 +400,34 @@ def test_loss_and_where_it_is_taken(region, objective):
     x_start, t = torch.rand(3, 1, 32, 32, generator=g) - 0.5, torch.tensor([0.1, 0.4, 0.8])
     noise = script.gp_noise(torch.randn(3, 1, 32, 32, generator=g), 0.05)
     h, V = torch.full((1, 1, 32, 32), 0.1), 0.2 / (1 + torch.arange(32.0)) ** 2 + torch.zeros(32, 1)
+    std = 0.2 + 0.3 * torch.rand(1, 1, 32, 32, generator=g)
     points, off = no_points(3), torch.where(target_mask, 1.0, 2.0)
-    z, modes, shown = script.q_sample(x_start, t, noise, config), script.dct, []
+    r, modes, shown = (x_start - h) / std, script.dct, []
+    z = script.q_sample(r, t, noise, config)
 
     alpha = torch.stack([at(s)[0] * torch.exp(-KK * at(s)[2] ** 2 / 2) for s in t.tolist()])
     sigma = torch.tensor([at(s)[1] for s in t.tolist()]).view(3, 1, 1, 1)
     N = sigma**2 * spectrum_of(32)[1] / 32**2 + 1e-12
     alpha, P = alpha[:, None], 1 / V + alpha[:, None] ** 2 / N
-    g = (modes(h) / 32 / V + alpha * modes(z) / 32 / N) / P  # float64, by the docstring
-    residual = script.idct(((modes(x_start) / 32 - g) * P.sqrt()).float())
-    goal = {"residual": residual, "x0": x_start, "eps": noise}[objective]
-    scale = (1 / P).sum((2, 3), keepdim=True).sqrt() if objective == "residual" else 1
+    guess = alpha * modes(z) / 32 / N / P  # float64, by its precision
+    residual = script.idct(((modes(r) / 32 - guess) * P.sqrt()).float())
+    goal = {"residual": residual, "x0": r, "eps": noise}[objective]
+    scale = ((1 / P).sum((2, 3), keepdim=True) * std.square().mean()).sqrt()
 
     def loss_of(out):
-        model = Stub(lambda inputs, t: shown.append((inputs, t)) or out, h, V)
+        model = Stub(lambda inputs, t: shown.append((inputs, t)) or out, h, std, V)
         return script.training_loss(
             model, model.guess, x_start, t, noise, (None, target_mask), points, config
         ).item()
 
     assert loss_of(goal) == pytest.approx(0, abs=1e-4)
-    beside = off * scale
+    beside = {"residual": off * scale / std, "x0": off / std, "eps": off}[objective].float()
     if objective == "residual":  # what is that far off in x
-        off_by = script.idct((modes(beside.float()) / 32 * P.sqrt()).float())
-        assert loss_of(goal + off_by) == pytest.approx(
-            1 if region == "query" else off.square().mean().item(), rel=1e-2
-        )
-    else:
-        expected = 1 if region == "query" else off.square().mean().item()
-        assert loss_of(goal + off) == pytest.approx(expected, rel=1e-4)
+        beside = script.idct((modes(beside) / 32 * P.sqrt()).float())
+    expected = 1 if region == "query" else off.square().mean().item()
+    assert loss_of(goal + beside) == pytest.approx(expected, rel=1e-2)
     inputs, time = shown[0]  # what the network is given
-    known = script.idct(g.float()) * 32 if objective == "residual" else z
-    torch.testing.assert_close(inputs[:, :1], known, rtol=0, atol=1e-3)
+    torch.testing.assert_close(inputs[:, :1], h + std * script.idct(guess.float()) * 32)
     torch.testing.assert_close(inputs[:, 2:3], h.expand_as(z))
     assert torch.equal(time, t)
 
