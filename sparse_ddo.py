@@ -23,9 +23,8 @@ sparse_ddpm.py, but mode by mode. With V_k the variance of r in mode k, N_k that
     r_k = g_k + f_k sqrt(V_k N_k / D_k)    so that f has to be white noise or so at every t
 
 A mode's coefficients, divided by the side of the grid, are the same on any grid that holds it, and
-h and v are functions; so g is one, and x, which is made on the training grid. A finer grid adds
-modes of which no training image says anything: x has none of them. On a coarser one z says nothing
-of the modes beyond it, alpha_k = 0. Nothing is divided by alpha_k.
+h and v are functions; so x is one, made on the training grid. A finer grid adds modes of which no
+training image says anything: x has none. On a coarser one z says nothing of the modes beyond it.
 
 A step t -> s is that of DDIM (Song et al. 2021) for r - g, and exact for the linear rest, whose
 spread few steps would narrow:
@@ -174,10 +173,9 @@ def q_sample(r, t, noise, config):
 
 
 def predict(model, z_t, t, context, config):
-    """(r, scale, f) on the training grid (m x m), whatever that of z_t; the loss of x is in units
-    of scale.
+    """(r, scale, f) on the training grid (m x m); the loss of x is in units of scale.
 
-    context: of LinearGuess.see. Modes are divided by the grid's side.
+    z_t: on any grid. context: of LinearGuess.see. Modes are divided by the grid's side.
     """
     (h, std, V, seen), n = context, z_t.shape[-1]
     m = h.shape[-1]
@@ -191,23 +189,21 @@ def predict(model, z_t, t, context, config):
     inputs = torch.cat([x_in, news, h, std.log() / 2 + 1], dim=1)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bfloat16):
         f = model(inputs, t, seen).float()
-    scale = k.square().sum((2, 3), keepdim=True) * std.square().mean((2, 3), keepdim=True)
-    scale = scale.clamp(min=1e-5).sqrt()
+    scale = std.square().mean((2, 3), keepdim=True) * k.square().sum((2, 3), keepdim=True)
     if config.objective == "x0":
-        known, k, scale = 0, 1 / m, 1
+        known, k, scale = 0, 1 / m, torch.ones_like(scale)
     elif config.objective == "eps":  # where alpha is nearly 0 that is but rounding
         known, k = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / m))
-    return idct(known + k * dct(f)) * m, scale, f
+    return idct(known + k * dct(f)) * m, scale.clamp(min=1e-5).sqrt(), f
 
 
 def training_loss(model, guess, x_start, t, noise, masks, points, config):
     """The loss of a batch (B, C, n, n) in [-1, 1]. t: (B,) in [0, 1]; masks: see make_masks."""
-    context = guess.see(points, x_start.shape[-1], config.conditioning == "setconv")
-    h, std, *_ = context
-    open_yet = x_start - h
-    z_t = q_sample(open_yet / std, t, noise, config)
+    context = h, std, *_ = guess.see(points, x_start.shape[-1], config.conditioning == "setconv")
+    z_t = q_sample((x_start - h) / std, t, noise, config)
     r, scale, f = predict(model, z_t, t, context, config)
-    out, goal = (f, noise) if config.objective == "eps" else (std * r / scale, open_yet / scale)
+    x_hat = (h + std * r) / scale
+    out, goal = (f, noise) if config.objective == "eps" else (x_hat, x_start / scale)
     where = masks[1] if config.loss_region == "query" else None
     return masked_loss(out, goal, where, kind=config.loss)
 
@@ -222,9 +218,9 @@ def make_sampler(model, channels, config):
     times, alpha, N, c, spread = sampling_table(n, config)
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(z, step, seeds, h, std, V, seen):
-        t, context = times[step].expand(len(z)), (h, std, V, seen)
-        r, _, _ = predict(model, z, t, context, config)
+    def reverse_step(z, step, seeds, *context):
+        h, std, V, _ = context
+        r, _, _ = predict(model, z, times[step].expand(len(z)), context, config)
         if steps == 1:  # from noise: the posterior mean
             return resize(r, n)
         r = ((h + std * r).clamp(-1, 1) - h) / std
@@ -237,8 +233,7 @@ def make_sampler(model, channels, config):
 
     @torch.no_grad()
     def sample(seeds, points):
-        context = model.guess.see(points, n, config.conditioning == "setconv")
-        h, std, *_ = context
+        context = h, std, *_ = model.guess.see(points, n, config.conditioning == "setconv")
         z = gp_noise(white_noise(seeds, channels, n, 0, steps), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)
