@@ -30,6 +30,7 @@ image.
 
 import argparse
 import contextlib
+import copy
 import datetime
 import functools
 import importlib
@@ -433,6 +434,7 @@ def run_quality(job):
 
     if job["name"] == "ddpm":
         script, flags = importlib.import_module("ddpm"), ["--data", name, "--device", device]
+        script.held_out_losses = lambda *args: {}  # the clock is for training
         flags += ["--preset", job["preset"], "--image-size", job["size"], "--sampler", "ddim"]
         flags += ["--sample-steps", job["sample_steps"], "--num-samples", NUM_QUALITY]
         for minutes in MINUTES:
@@ -450,7 +452,7 @@ def run_quality(job):
     x_start, (net, loss_of, sample) = parts[0][0].to(device), make_peer(job, parts[0][0].shape[1])
     optimizer = torch.optim.Adam(net.parameters(), lr=PEER_LR, fused=True)
     bf16 = torch.autocast(device.split(":")[0], torch.bfloat16, enabled=job["bf16"])
-    mean, trained, step = {k: v.clone() for k, v in net.state_dict().items()}, 0, 0
+    mean, trained, step = copy.deepcopy(net), 0, 0
     for minutes in MINUTES:
         net.train()
         while trained < 60 * minutes:
@@ -461,12 +463,12 @@ def run_quality(job):
             peer_step(net, optimizer, loss)
             step += 1
             keep = min(0.995, step / (10 + step))
-            for k, v in net.state_dict().items():
-                mean[k].lerp_(v, 1 - keep) if v.is_floating_point() else mean[k].copy_(v)
+            with torch.no_grad():
+                torch._foreach_lerp_([*mean.parameters()], [*net.parameters()], 1 - keep)
             synchronize(device)
             trained += time.perf_counter() - start
-        last = {k: v.clone() for k, v in net.state_dict().items()}
-        net.load_state_dict(mean)
+        last = copy.deepcopy(net.state_dict())
+        net.load_state_dict(mean.state_dict())
         net.eval()
         with torch.no_grad(), bf16, contextlib.redirect_stderr(io.StringIO()):
             found = [sample().float() for _ in range(-(-NUM_QUALITY // batch))]
@@ -531,14 +533,19 @@ def bench_scripts(args, job):
     return rows
 
 
+def peers_installed():
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    for name in missing:
+        print(f"{name} is not installed, left out: pip install -e '.[peers]'")
+    return [name for name in PEERS if name not in missing]
+
+
 def bench_peers(args, job):
     """Each sampler with ddpm.py and with the peers, in turns: medians of the rounds.
 
     "rounds": the seconds of each; "ratios" of a peer: its figures over ours, round by round.
     """
-    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    for name in missing:
-        print(f"{name} is not installed, left out: pip install -e '.[peers]'")
+    peers = peers_installed()
     job |= {"sample_steps": max(args.sample_steps // 2, 1)}  # short, as there are rounds
     rows = []
     for sampler in ("ddpm", "ddim"):
@@ -550,7 +557,7 @@ def bench_peers(args, job):
             if not (ours := run_job(our_job)):
                 continue
             job |= {"parameters": ours["parameters"], "bf16": ours["bf16"]}
-            jobs = [job | {"name": name} for name in PEERS if name not in missing]
+            jobs = [job | {"name": name} for name in peers]
             for row in [ours, *run_jobs(jobs, f"peers, {sampler}, round {n + 1} of {ROUNDS}")]:
                 rounds[row["name"]].append([ours, row])
         for name, pairs in rounds.items():
@@ -597,9 +604,10 @@ def bench_quality(args, job):
         return []
     job |= {"kind": "quality", "data": name, "step": ours["train"], "bf16": ours["bf16"]}
     job |= {"parameters": ours["parameters"]}
-    there = [name for name in PEERS if importlib.util.find_spec(name)]
-    rows = run_jobs([job | {"name": name} for name in ["ddpm", *there]], "quality")
+    there = ["ddpm", *peers_installed()]
+    rows = run_jobs([job | {"name": name} for name in there], "quality")
     print(f"\nFréchet distance of {NUM_QUALITY} images, {name}, by minutes of training\n")
+    print(f"(ddpm.py anew for each; a peer trains on: Adam, lr {PEER_LR}, averaged weights)\n")
     for r in rows:
         figures = zip(MINUTES, r["seconds"], r["distances"], strict=True)
         shown = [f"{m} min ({s:.0f} s) {d:.2f}" for m, s, d in figures]

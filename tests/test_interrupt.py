@@ -1,12 +1,14 @@
 """Ctrl-C during the imports: one line. A torch that interrupts its own import stands for it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 HERE = Path(__file__).resolve().parents[1]
 SCRIPTS = ["toy_diffusion", "ddpm", "cfg_ddpm", "sparse_ddpm", "sparse_ddo"]
 
@@ -15,8 +17,9 @@ def run(tmp_path, *arguments):
     (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
     path = os.pathsep.join([str(tmp_path), str(HERE)])
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
-                          capture_output=True, text=True)  # fmt: skip
+    heeded = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # also after nohup
+    options = dict(env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tmp_path, preexec_fn=heeded, **options)
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "evaluate", "fill_images", "bench"])

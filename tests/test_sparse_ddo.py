@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import sparse_ddo as script
+from fused_ddpm import points
 from fused_ddpm.grids import resize
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.metrics import psnr
@@ -474,6 +475,12 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     measured = read_json(tmp_path / "finer/metrics.json")
     for name, score in metrics["psnr"].items():  # on the grid of the truth, the same function
         assert measured["psnr"][name] == pytest.approx(score, abs=0.3)
+
+
+def test_images_wider_than_the_covariance_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(points, "LARGEST_SIDE", 8)
+    run(tmp_path / "run", "--steps", "2")
+    assert "linear" not in read_json(tmp_path / "run/metrics.json")["psnr"]
 
 
 @pytest.mark.parametrize(
