@@ -16,7 +16,7 @@ import torch.nn as nn
 
 WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
 NUGGET = 1e-4  # added to variances of what is enforced
-LEAST = 0.02  # variance next to a point, in units of the mean
+LEAST = 0.02  # of std^2
 
 
 class Points(NamedTuple):
@@ -119,9 +119,9 @@ class LinearGuess(nn.Module):
 
         h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O)),    v(u) = K(u, u) - K(u, O) K(O, O)^-1 K(O, u)
 
-    of which the pixels of the s x s grid hold all there is. What it leaves open, (x - h) / sqrt(v),
-    is taken to be uncorrelated between modes; their variances, `spectrum`, are measured on training
-    images. Where v is all but 0, next to points, it counts as LEAST of its mean.
+    of which the pixels of the s x s grid hold all there is. What it leaves open, (x - h) / std with
+    std^2 = v / mean v, is taken to be uncorrelated between modes; their variances, in units of
+    mean v, are `spectrum`, measured on training images. Next to points std^2 is LEAST.
     """
 
     def __init__(self, shape, fraction):
@@ -148,11 +148,12 @@ class LinearGuess(nn.Module):
         self.linear.measure(lowest, *masks)
         self.rest.copy_((x.square().mean() - lowest.square().mean()).clamp(min=0))
         mask, _ = make_masks(some, 0, n, config)
-        square = 0
+        square, mean = 0, 0
         for part, seen in zip(x.split(64), mask.split(64), strict=True):
-            h, std, *_ = self.see(points_of(part, seen), n)
-            square = square + (dct((part - h) / std) / n).square().mean(1).sum(0) / len(x)
-        self.spectrum.copy_(square + 1e-6 * square.mean())
+            h, std, V, _ = self.see(points_of(part, seen), n)
+            square = square + (dct((part - h) / std) / n).square().mean(1).sum(0)
+            mean = mean + V.sum()  # of v, as yet
+        self.spectrum.copy_((square + 1e-6 * square.mean()) / mean)
 
     def forward(self, points):
         """(h, v), (B, C, n, n) and (B, 1, n, n)."""
@@ -190,6 +191,7 @@ class LinearGuess(nn.Module):
         set_convolution on their grid; or where a network wants pixels, of `rasterize` on n x n.
         """
         h, v = self(points)
-        std = v.clamp(min=LEAST * v.mean((2, 3), keepdim=True)).sqrt()
+        mean = v.mean((2, 3), keepdim=True)
+        std = (v / mean).clamp(min=LEAST).sqrt()
         seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, n)
-        return h, std, self.spectrum.expand_as(std), seen
+        return h, std, self.spectrum * mean, seen
