@@ -23,8 +23,8 @@ DDPM_HD float bits_float(uint32_t u) {
 // ln u for normal u > 0, to about 1e-7 relative. libm's logf does not inline, so it would keep the
 // compiler from vectorising the loop around it; the same holds for sincospi below.
 DDPM_HD float log_positive(float u) {
-  // u = 2^e m with m in [sqrt(1/2), sqrt(2)), then ln m = 2 atanh((m - 1) / (m + 1)). With |s| <= 0.1716
-  // the first term left out is s^10 / 11 < 3e-9, relative.
+  // u = 2^e m with m in [sqrt(1/2), sqrt(2)), then ln m = 2 atanh((m - 1) / (m + 1)). With |s| <=
+  // 0.1716 the first term left out is s^10 / 11 < 3e-9, relative.
   const uint32_t sqrt_half = 0x3f3504f3u, one = 0x3f800000u;
   const uint32_t shifted = float_bits(u) - sqrt_half + one;
   const int32_t e = static_cast<int32_t>(shifted >> 23) - 127;
@@ -40,8 +40,13 @@ DDPM_HD void sincospi(float v, float* sin_out, float* cos_out) {
   const float q = rintf(2.0f * v);
   const int32_t quarter = static_cast<int32_t>(q);
   const float x = 3.14159265359f * (v - 0.5f * q), x2 = x * x;
-  const float s = x * (1.0f + x2 * (-1.0f / 6 + x2 * (1.0f / 120 + x2 * (-1.0f / 5040 + x2 * (1.0f / 362880)))));
-  const float c = 1.0f + x2 * (-1.0f / 2 + x2 * (1.0f / 24 + x2 * (-1.0f / 720 + x2 * (1.0f / 40320 + x2 * (-1.0f / 3628800)))));
+  const float s =
+      x *
+      (1.0f + x2 * (-1.0f / 6 + x2 * (1.0f / 120 + x2 * (-1.0f / 5040 + x2 * (1.0f / 362880)))));
+  const float c =
+      1.0f +
+      x2 * (-1.0f / 2 +
+            x2 * (1.0f / 24 + x2 * (-1.0f / 720 + x2 * (1.0f / 40320 + x2 * (-1.0f / 3628800)))));
   const bool swap = quarter & 1;
   const float a = swap ? c : s, b = swap ? s : c;
   *sin_out = (quarter & 2) ? -a : a;
@@ -51,10 +56,13 @@ DDPM_HD void sincospi(float v, float* sin_out, float* cos_out) {
 // e^x to about 1e-7 relative; beyond +-87 that of +-87.
 DDPM_HD float exp_limited(float x) {
   x = x < -87.0f ? -87.0f : (x > 87.0f ? 87.0f : x);  // a NaN stays one
-  // x = k ln 2 + r with |r| <= 0.347, ln 2 in two parts; then Taylor, whose first term left out is below 2e-8.
+  // x = k ln 2 + r with |r| <= 0.347, ln 2 in two parts; then Taylor, whose first term left out is
+  // below 2e-8.
   const float k = rintf(1.44269504f * x);
   const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  const float series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
+  const float series =
+      1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 +
+                                          r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
   return series * bits_float(static_cast<uint32_t>(static_cast<int32_t>(k) + 127) << 23);
 }
 
@@ -99,9 +107,12 @@ struct Coefficients {
 };
 
 // Classifier-free guidance: uncond + w (cond - uncond).
-DDPM_HD float guide(float cond, float uncond, float scale) { return uncond + scale * (cond - uncond); }
+DDPM_HD float guide(float cond, float uncond, float scale) {
+  return uncond + scale * (cond - uncond);
+}
 
-// x0_hat = clamp(k_x x_t + k_o out, -limit, limit); x_prev = a x0_hat + b x_t + s z. No clipping: limit = inf.
+// x0_hat = clamp(k_x x_t + k_o out, -limit, limit); x_prev = a x0_hat + b x_t + s z. No clipping:
+// limit = inf.
 DDPM_HD float posterior(float x, float out, float z, const Coefficients& k, float limit) {
   float x0 = k.k_x * x + k.k_o * out;
   x0 = x0 < -limit ? -limit : (x0 > limit ? limit : x0);  // in this order a NaN stays a NaN

@@ -15,22 +15,24 @@ namespace fused_ddpm {
 // Of x, weight, bias, scale, shift; the last two of no elements where there are none.
 using NormGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-inline void check_norm_silu(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::optional<at::Tensor>& scale,
-    const std::optional<at::Tensor>& shift, int64_t groups) {
+inline void check_norm_silu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                            const std::optional<at::Tensor>& scale,
+                            const std::optional<at::Tensor>& shift, int64_t groups) {
   const char* op = "norm_silu";
   TORCH_CHECK_VALUE(x.dim() == 4, op, ": x has shape ", x.sizes(), ", expected (B, C, H, W)");
   TORCH_CHECK_TYPE(x.is_floating_point(), op, ": x must be floating point, got ", x.scalar_type());
-  TORCH_CHECK_VALUE(groups > 0 && x.size(1) % groups == 0, op, ": ", x.size(1), " channels are not ", groups, " groups");
+  TORCH_CHECK_VALUE(groups > 0 && x.size(1) % groups == 0, op, ": ", x.size(1),
+                    " channels are not ", groups, " groups");
   for (const at::Tensor& t : {weight, bias})
-    TORCH_CHECK_VALUE(
-        t.device() == x.device() && t.dim() == 1 && t.size(0) == x.size(1), op, ": weight and bias must have shape (",
-        x.size(1), ",) and be on ", x.device());
+    TORCH_CHECK_VALUE(t.device() == x.device() && t.dim() == 1 && t.size(0) == x.size(1), op,
+                      ": weight and bias must have shape (", x.size(1), ",) and be on ",
+                      x.device());
   TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), op, ": scale and shift go together");
   for (const auto& t : {scale, shift})
-    TORCH_CHECK_VALUE(
-        !t || (t->device() == x.device() && t->dim() == 2 && t->size(0) == x.size(0) && t->size(1) == x.size(1)), op,
-        ": scale and shift must have shape (", x.size(0), ", ", x.size(1), ") and be on ", x.device());
+    TORCH_CHECK_VALUE(!t || (t->device() == x.device() && t->dim() == 2 &&
+                             t->size(0) == x.size(0) && t->size(1) == x.size(1)),
+                      op, ": scale and shift must have shape (", x.size(0), ", ", x.size(1),
+                      ") and be on ", x.device());
 }
 
 inline at::TensorOptions wide_options(const at::Tensor& x) {
@@ -38,10 +40,10 @@ inline at::TensorOptions wide_options(const at::Tensor& x) {
 }
 
 inline void check_stats(const at::Tensor& stats, const at::Tensor& x, int64_t groups) {
-  TORCH_CHECK_VALUE(
-      stats.device() == x.device() && stats.is_contiguous() && stats.numel() == x.size(0) * groups * 2 &&
-          stats.scalar_type() == loss_dtype(x),
-      "norm_silu: stats are of another x");
+  TORCH_CHECK_VALUE(stats.device() == x.device() && stats.is_contiguous() &&
+                        stats.numel() == x.size(0) * groups * 2 &&
+                        stats.scalar_type() == loss_dtype(x),
+                    "norm_silu: stats are of another x");
 }
 
 // What the kernels read beside x.
@@ -86,15 +88,18 @@ struct NormInputs : NormNumbers<T> {
   }
 };
 
-// From sums (2, B, C) over the pixels: of du, the gradient of silu's argument, and of du times the normalised x.
+// From sums (2, B, C) over the pixels: of du, the gradient of silu's argument, and of du times the
+// normalised x.
 inline NormGradients norm_gradients(
     const at::Tensor& dx, const at::Tensor& sums, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& scale) {
-  const at::Tensor shifted = sums[0], scaled = sums[1], w = weight.to(sums.scalar_type()), b = bias.to(sums.scalar_type());
+  const at::Tensor shifted = sums[0], scaled = sums[1], w = weight.to(sums.scalar_type()),
+                   b = bias.to(sums.scalar_type());
   const auto none = [&] { return at::empty({0}, sums.options()); };
   if (!scale) return {dx, scaled.sum(0), shifted.sum(0), none(), none()};
   const at::Tensor factor = scale->to(sums.scalar_type()) + 1;
-  return {dx, (factor * scaled).sum(0), (factor * shifted).sum(0), w * scaled + b * shifted, shifted.clone()};
+  return {dx, (factor * scaled).sum(0), (factor * shifted).sum(0), w * scaled + b * shifted,
+          shifted.clone()};
 }
 
 }  // namespace fused_ddpm

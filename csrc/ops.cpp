@@ -1,4 +1,5 @@
-// Schemas, the gradient of the masked loss, and the Python module whose import registers them. Kernels: ops_cpu.cpp, ops_cuda.cu.
+// Schemas, the gradient of the masked loss, and the Python module whose import registers them.
+// Kernels: ops_cpu.cpp, ops_cuda.cu.
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <Python.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -26,24 +27,30 @@ std::tuple<Tensor, Tensor> below_autograd(
   return op.call(pred, target, target_mask, cond_mask, cond_weight, kind, gradient);
 }
 
-// In C++, because registered from Python it costs a quarter of a millisecond a call, more than the kernels themselves.
+// In C++, because registered from Python it costs a quarter of a millisecond a call, more than the
+// kernels themselves.
 struct MaskedLoss : public torch::autograd::Function<MaskedLoss> {
-  static variable_list forward(
-      AutogradContext* ctx, const Tensor& pred, const Tensor& target, const std::optional<Tensor>& target_mask,
-      const std::optional<Tensor>& cond_mask, double cond_weight, int64_t kind, Tensor* gradient_out) {
-    const auto [loss, gradient] = below_autograd(pred, target, target_mask, cond_mask, cond_weight, kind, true);
+  static variable_list forward(AutogradContext* ctx, const Tensor& pred, const Tensor& target,
+                               const std::optional<Tensor>& target_mask,
+                               const std::optional<Tensor>& cond_mask, double cond_weight,
+                               int64_t kind, Tensor* gradient_out) {
+    const auto [loss, gradient] =
+        below_autograd(pred, target, target_mask, cond_mask, cond_weight, kind, true);
     *gradient_out = gradient;  // past autograd, which differentiates once
     ctx->save_for_backward({gradient});
     return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "masked_loss has no second derivative (create_graph=True)");
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "masked_loss has no second derivative (create_graph=True)");
     const Tensor &grad = grads[0], gradient = ctx->get_saved_variables()[0];
     // Where it is known to be 1, and nobody will ask again, the gradient is given away as it lies.
     const bool is_one = grad.is_cpu() && !at::isTensorSubclassLike(grad) &&
-                        !torch::autograd::get_current_graph_task_keep_graph() && grad.item<double>() == 1;
-    const Tensor grad_pred = is_one ? gradient : gradient.mul(grad);  // float32: autograd casts to each input's dtype
+                        !torch::autograd::get_current_graph_task_keep_graph() &&
+                        grad.item<double>() == 1;
+    const Tensor grad_pred =
+        is_one ? gradient : gradient.mul(grad);  // float32: autograd casts to each input's dtype
     const Tensor grad_target = ctx->needs_input_grad(1) ? grad_pred.neg() : Tensor();
     return {grad_pred, grad_target, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -52,12 +59,13 @@ struct MaskedLoss : public torch::autograd::Function<MaskedLoss> {
 std::tuple<Tensor, Tensor> masked_loss_autograd(
     const Tensor& pred, const Tensor& target, const std::optional<Tensor>& target_mask,
     const std::optional<Tensor>& cond_mask, double cond_weight, int64_t kind, bool gradient) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !pred._fw_grad(0).defined() && !target._fw_grad(0).defined(), "masked_loss has no forward-mode derivative");
+  TORCH_CHECK_NOT_IMPLEMENTED(!pred._fw_grad(0).defined() && !target._fw_grad(0).defined(),
+                              "masked_loss has no forward-mode derivative");
   if (!at::GradMode::is_enabled() || !(pred.requires_grad() || target.requires_grad()))
     return below_autograd(pred, target, target_mask, cond_mask, cond_weight, kind, gradient);
   Tensor made;
-  const variable_list loss = MaskedLoss::apply(pred, target, target_mask, cond_mask, cond_weight, kind, &made);
+  const variable_list loss =
+      MaskedLoss::apply(pred, target, target_mask, cond_mask, cond_weight, kind, &made);
   return {loss[0], made};
 }
 
@@ -65,45 +73,49 @@ using Norms = std::tuple<Tensor, Tensor>;  // y, and mean and 1 / std of each im
 using NormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Maybe = std::optional<Tensor>;
 
-Norms norm_below_autograd(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& scale, const Maybe& shift, int64_t groups, double eps) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fused_ddpm::norm_silu", "")
-          .typed<Norms(const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, int64_t, double)>();
+Norms norm_below_autograd(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                          const Maybe& scale, const Maybe& shift, int64_t groups, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fused_ddpm::norm_silu", "")
+                             .typed<Norms(const Tensor&, const Tensor&, const Tensor&, const Maybe&,
+                                          const Maybe&, int64_t, double)>();
   const at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, weight, bias, scale, shift, groups, eps);
 }
 
 struct NormSilu : public torch::autograd::Function<NormSilu> {
-  static variable_list forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& scale,
-      const Maybe& shift, int64_t groups, double eps) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                               const Tensor& bias, const Maybe& scale, const Maybe& shift,
+                               int64_t groups, double eps) {
     const auto [y, stats] = norm_below_autograd(x, weight, bias, scale, shift, groups, eps);
-    ctx->save_for_backward({x, weight, bias, scale.value_or(Tensor()), shift.value_or(Tensor()), stats});
+    ctx->save_for_backward(
+        {x, weight, bias, scale.value_or(Tensor()), shift.value_or(Tensor()), stats});
     ctx->saved_data["groups"] = groups;
     ctx->mark_non_differentiable({stats});
     return {y, stats};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "norm_silu has no second derivative (create_graph=True)");
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "norm_silu has no second derivative (create_graph=True)");
     static const auto op =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow("fused_ddpm::norm_silu_backward", "")
-            .typed<NormGradients(
-                const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Maybe&, const Maybe&, const Tensor&, int64_t)>();
+            .typed<NormGradients(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                 const Maybe&, const Maybe&, const Tensor&, int64_t)>();
     const variable_list saved = ctx->get_saved_variables();
-    const Maybe scale = saved[3].defined() ? Maybe(saved[3]) : Maybe(), shift = saved[4].defined() ? Maybe(saved[4]) : Maybe();
+    const Maybe scale = saved[3].defined() ? Maybe(saved[3]) : Maybe(),
+                shift = saved[4].defined() ? Maybe(saved[4]) : Maybe();
     const int64_t groups = ctx->saved_data["groups"].toInt();
     const auto [x, weight, bias, by_scale, by_shift] =
         op.call(grads[0], saved[0], saved[1], saved[2], scale, shift, saved[5], groups);
-    return {x, weight, bias, scale ? by_scale : Tensor(), scale ? by_shift : Tensor(), Tensor(), Tensor()};
+    return {x,        weight,  bias, scale ? by_scale : Tensor(), scale ? by_shift : Tensor(),
+            Tensor(), Tensor()};
   }
 };
 
-Norms norm_silu_autograd(
-    const Tensor& x, const Tensor& weight, const Tensor& bias, const Maybe& scale, const Maybe& shift, int64_t groups, double eps) {
+Norms norm_silu_autograd(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                         const Maybe& scale, const Maybe& shift, int64_t groups, double eps) {
   TORCH_CHECK_NOT_IMPLEMENTED(!x._fw_grad(0).defined(), "norm_silu has no forward-mode derivative");
   const variable_list made = NormSilu::apply(x, weight, bias, scale, shift, groups, eps);
   return {made[0], made[1]};
@@ -113,18 +125,24 @@ Norms norm_silu_autograd(
 
 TORCH_LIBRARY(fused_ddpm, m) {
   m.def(
-      "posterior_step(Tensor x_t, Tensor out, Tensor? out_uncond, float guidance_scale, Tensor coefficients, "
+      "posterior_step(Tensor x_t, Tensor out, Tensor? out_uncond, float guidance_scale, Tensor "
+      "coefficients, "
       "Tensor step, Tensor seeds, int stream, bool clip) -> Tensor");
-  // The loss, and d loss / d pred in its dtype: where autograd or the flag asks for it, else of no elements.
+  // The loss, and d loss / d pred in its dtype: where autograd or the flag asks for it, else of no
+  // elements.
   m.def(
-      "masked_loss(Tensor pred, Tensor target, Tensor? target_mask, Tensor? cond_mask, float cond_weight, int kind, "
+      "masked_loss(Tensor pred, Tensor target, Tensor? target_mask, Tensor? cond_mask, float "
+      "cond_weight, int kind, "
       "bool gradient) -> (Tensor, Tensor)");
-  // Also the mean and 1 / standard deviation of each image's groups, (B, groups, 2), which the gradients need.
+  // Also the mean and 1 / standard deviation of each image's groups, (B, groups, 2), which the
+  // gradients need.
   m.def(
-      "norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, float eps) -> "
+      "norm_silu(Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, int groups, "
+      "float eps) -> "
       "(Tensor, Tensor)");
   m.def(
-      "norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor stats, "
+      "norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, "
+      "Tensor? shift, Tensor stats, "
       "int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -1,4 +1,5 @@
-// CPU kernels: vectorised by the compiler over chunks that stay in the first-level cache, threaded over chunks.
+// CPU kernels: vectorised by the compiler over chunks that stay in the first-level cache, threaded
+// over chunks.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -19,14 +20,16 @@
 
 namespace fused_ddpm {
 
-constexpr int64_t CHUNK = 1024;       // elements a task: 4 kB of float32; a multiple of 32, so whole vectors fit
+constexpr int64_t CHUNK =
+    1024;  // elements a task: 4 kB of float32; a multiple of 32, so whole vectors fit
 constexpr int64_t CHUNKS_A_THREAD = 4;  // below this a second thread costs more than it brings
 
 // Loops the compiler must vectorise. Each exists in several versions, so none is a template.
 
-// The random words of `groups` groups, those that make a radius apart from those that make an angle.
-DDPM_CLONES void random_words(
-    uint32_t* radius, uint32_t* angle, int64_t groups, uint64_t seed, uint64_t first_group, uint32_t step, uint32_t stream) {
+// The random words of `groups` groups, those that make a radius apart from those that make an
+// angle.
+DDPM_CLONES void random_words(uint32_t* radius, uint32_t* angle, int64_t groups, uint64_t seed,
+                              uint64_t first_group, uint32_t step, uint32_t stream) {
   for (int64_t i = 0; i < groups; ++i) {
     const Random4 r = philox(seed, first_group + i, step, stream);
     radius[2 * i] = r.w[0], radius[2 * i + 1] = r.w[2];
@@ -35,40 +38,53 @@ DDPM_CLONES void random_words(
 }
 
 #ifdef DDPM_X86
-// The same eight groups at a time, each word in the low half of a 64-bit lane: vpmuludq then yields both halves of
-// a product at once, which compilers do not find by themselves and which halves the time of the whole step.
-__attribute__((target("avx512f"))) void random_words_avx512(
-    uint32_t* radius, uint32_t* angle, int64_t groups, uint64_t seed, uint64_t first_group, uint32_t step, uint32_t stream) {
-  const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), low = _mm512_set1_epi64(0xFFFFFFFF);
+// The same eight groups at a time, each word in the low half of a 64-bit lane: vpmuludq then yields
+// both halves of a product at once, which compilers do not find by themselves and which halves the
+// time of the whole step.
+__attribute__((target("avx512f"))) void random_words_avx512(uint32_t* radius, uint32_t* angle,
+                                                            int64_t groups, uint64_t seed,
+                                                            uint64_t first_group, uint32_t step,
+                                                            uint32_t stream) {
+  const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0),
+                low = _mm512_set1_epi64(0xFFFFFFFF);
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
   for (int64_t i = 0; i < groups; i += 8) {
-    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(first_group + i), lane), c1 = _mm512_srli_epi64(c0, 32);
+    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(first_group + i), lane),
+            c1 = _mm512_srli_epi64(c0, 32);
     __m512i c2 = _mm512_set1_epi64(step), c3 = _mm512_set1_epi64(stream);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      const __m512i p0 = _mm512_mul_epu32(c0, m0), p1 = _mm512_mul_epu32(c2, m1);  // reads the low halves only
+      const __m512i p0 = _mm512_mul_epu32(c0, m0),
+                    p1 = _mm512_mul_epu32(c2, m1);  // reads the low halves only
       c0 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p1, 32), c1), _mm512_set1_epi64(k0));
       c2 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p0, 32), c3), _mm512_set1_epi64(k1));
       c1 = p1, c3 = p0;  // high halves are rubbish from here on, and never read
     }
-    _mm512_storeu_si512(radius + 2 * i, _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c2, 32)));
-    _mm512_storeu_si512(angle + 2 * i, _mm512_or_si512(_mm512_and_si512(c1, low), _mm512_slli_epi64(c3, 32)));
+    _mm512_storeu_si512(radius + 2 * i,
+                        _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c2, 32)));
+    _mm512_storeu_si512(angle + 2 * i,
+                        _mm512_or_si512(_mm512_and_si512(c1, low), _mm512_slli_epi64(c3, 32)));
   }
 }
 
 // And four at a time, for processors without AVX-512.
-__attribute__((target("avx2"))) void random_words_avx2(
-    uint32_t* radius, uint32_t* angle, int64_t groups, uint64_t seed, uint64_t first_group, uint32_t step, uint32_t stream) {
+__attribute__((target("avx2"))) void random_words_avx2(uint32_t* radius, uint32_t* angle,
+                                                       int64_t groups, uint64_t seed,
+                                                       uint64_t first_group, uint32_t step,
+                                                       uint32_t stream) {
   const __m256i lane = _mm256_set_epi64x(3, 2, 1, 0), low = _mm256_set1_epi64x(0xFFFFFFFF);
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
   for (int64_t i = 0; i < groups; i += 4) {
-    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(first_group + i), lane), c1 = _mm256_srli_epi64(c0, 32);
+    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(first_group + i), lane),
+            c1 = _mm256_srli_epi64(c0, 32);
     __m256i c2 = _mm256_set1_epi64x(step), c3 = _mm256_set1_epi64x(stream);
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
       const __m256i p0 = _mm256_mul_epu32(c0, m0), p1 = _mm256_mul_epu32(c2, m1);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1), _mm256_set1_epi64x(k0));
-      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3), _mm256_set1_epi64x(k1));
+      c0 =
+          _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1), _mm256_set1_epi64x(k0));
+      c2 =
+          _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3), _mm256_set1_epi64x(k1));
       c1 = p1, c3 = p0;
     }
     const __m256i r = _mm256_or_si256(_mm256_and_si256(c0, low), _mm256_slli_epi64(c2, 32));
@@ -79,13 +95,15 @@ __attribute__((target("avx2"))) void random_words_avx2(
 }
 #endif
 
-DDPM_CLONES void box_muller_chunk(float* z, const uint32_t* radius, const uint32_t* angle, int64_t pairs) {
+DDPM_CLONES void box_muller_chunk(float* z, const uint32_t* radius, const uint32_t* angle,
+                                  int64_t pairs) {
 #pragma omp simd
   for (int64_t i = 0; i < pairs; ++i) box_muller(radius[i], angle[i], &z[2 * i], &z[2 * i + 1]);
 }
 
 // Up to CHUNK standard normals, for elements 4 first_group onwards.
-void fill_normal(float* z, int64_t n, uint64_t seed, uint64_t first_group, uint32_t step, uint32_t stream) {
+void fill_normal(float* z, int64_t n, uint64_t seed, uint64_t first_group, uint32_t step,
+                 uint32_t stream) {
   alignas(64) uint32_t radius[CHUNK / 2], angle[CHUNK / 2];
   const int64_t groups = (n + 3) / 4;
 #ifdef DDPM_X86
@@ -103,8 +121,8 @@ DDPM_CLONES void guide_chunk(float* cond, const float* uncond, float scale, int6
   for (int64_t i = 0; i < n; ++i) cond[i] = guide(cond[i], uncond[i], scale);
 }
 
-DDPM_CLONES void posterior_chunk(
-    float* y, const float* x, const float* out, const float* z, Coefficients k, float limit, int64_t n) {
+DDPM_CLONES void posterior_chunk(float* y, const float* x, const float* out, const float* z,
+                                 Coefficients k, float limit, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = posterior(x[i], out[i], z[i], k, limit);
 }
@@ -127,12 +145,12 @@ DDPM_HD T loss_sum(T* grad, const T* pred, const T* target, const float* w, T sc
   return sum;
 }
 
-#define DDPM_LOSS_CHUNKS(T)                                                                                       \
-  DDPM_CLONES T loss_chunk(                                                                                        \
-      int64_t kind, T* grad, const T* pred, const T* target, const float* w, T scale, int64_t n) {                 \
-    if (kind == L2) return loss_sum<L2, T>(grad, pred, target, w, scale, n);                                       \
-    if (kind == L1) return loss_sum<L1, T>(grad, pred, target, w, scale, n);                                       \
-    return loss_sum<HUBER, T>(grad, pred, target, w, scale, n);                                                    \
+#define DDPM_LOSS_CHUNKS(T)                                                                       \
+  DDPM_CLONES T loss_chunk(int64_t kind, T* grad, const T* pred, const T* target, const float* w, \
+                           T scale, int64_t n) {                                                  \
+    if (kind == L2) return loss_sum<L2, T>(grad, pred, target, w, scale, n);                      \
+    if (kind == L1) return loss_sum<L1, T>(grad, pred, target, w, scale, n);                      \
+    return loss_sum<HUBER, T>(grad, pred, target, w, scale, n);                                   \
   }
 DDPM_LOSS_CHUNKS(float)
 DDPM_LOSS_CHUNKS(double)
@@ -151,7 +169,8 @@ DDPM_CLONES void read_bytes(float* w, const uint8_t* mask, int64_t n) {
 
 DDPM_CLONES void read_bools(float* w, const uint8_t* mask, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) w[i] = mask[i] != 0;  // a view of other bytes may hold more than 1
+  for (int64_t i = 0; i < n; ++i)
+    w[i] = mask[i] != 0;  // a view of other bytes may hold more than 1
 }
 
 DDPM_CLONES void weight_chunk(float* w, const float* cond, float cond_weight, int64_t n) {
@@ -159,7 +178,8 @@ DDPM_CLONES void weight_chunk(float* w, const float* cond, float cond_weight, in
   for (int64_t i = 0; i < n; ++i) w[i] = mask_weight<float>(w[i], cond[i], cond_weight);
 }
 
-// Elements [begin, begin + n) of an image, in logical order, in `buffer` or where they lie if that is the same.
+// Elements [begin, begin + n) of an image, in logical order, in `buffer` or where they lie if that
+// is the same.
 template <class T, class Acc>
 const Acc* load(Acc* buffer, const T* image, const Layout& at, int64_t begin, int64_t n) {
   if constexpr (std::is_same_v<T, Acc>) {
@@ -195,16 +215,19 @@ void store(T* image, const Acc* buffer, const Layout& at, int64_t begin, int64_t
   }
 }
 
-at::Tensor posterior_step_cpu(
-    const at::Tensor& x_t, const at::Tensor& out, const std::optional<at::Tensor>& out_uncond, double guidance_scale,
-    const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds, int64_t stream, bool clip) {
+at::Tensor posterior_step_cpu(const at::Tensor& x_t, const at::Tensor& out,
+                              const std::optional<at::Tensor>& out_uncond, double guidance_scale,
+                              const at::Tensor& coefficients, const at::Tensor& step,
+                              const at::Tensor& seeds, int64_t stream, bool clip) {
   check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds, stream);
-  const at::Tensor x = dense(x_t), o = dense(out), u = out_uncond ? dense(*out_uncond) : at::Tensor();
+  const at::Tensor x = dense(x_t), o = dense(out),
+                   u = out_uncond ? dense(*out_uncond) : at::Tensor();
   const at::Tensor y = at::empty_like(x);
   if (x.numel() == 0) return y;
 
   const int64_t row = step.item<int64_t>();
-  TORCH_CHECK_INDEX(row >= 0 && row < coefficients.size(0), "posterior_step: step ", row, " is outside 0..", coefficients.size(0) - 1);
+  TORCH_CHECK_INDEX(row >= 0 && row < coefficients.size(0), "posterior_step: step ", row,
+                    " is outside 0..", coefficients.size(0) - 1);
   const float* c = coefficients.const_data_ptr<float>() + 5 * row;
   const Coefficients k{c[0], c[1], c[2], c[3], c[4]};
   const float limit = clip ? 1.0f : std::numeric_limits<float>::infinity();
@@ -219,16 +242,20 @@ at::Tensor posterior_step_cpu(
     const scalar_t* o_data = o.const_data_ptr<scalar_t>();
     const scalar_t* u_data = u.defined() ? u.const_data_ptr<scalar_t>() : nullptr;
     at::parallel_for(0, x.size(0) * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
-      alignas(64) float z[CHUNK] = {}, x_buffer[CHUNK], o_buffer[CHUNK], u_buffer[CHUNK], y_buffer[CHUNK];
+      alignas(64) float z[CHUNK] = {}, x_buffer[CHUNK], o_buffer[CHUNK], u_buffer[CHUNK],
+                        y_buffer[CHUNK];
       for (int64_t task = first; task < last; ++task) {
-        const int64_t b = task / chunks, begin = task % chunks * CHUNK, n = std::min(CHUNK, image - begin);
+        const int64_t b = task / chunks, begin = task % chunks * CHUNK,
+                      n = std::min(CHUNK, image - begin);
         if (k.s != 0) fill_normal(z, n, seed[b], begin / 4, row, stream);
         const float* xs = load(x_buffer, x_data + b * image, x_at, begin, n);
         const float* os = load(o_buffer, o_data + b * image, o_at, begin, n);
         if (u_data) {
-          if (os != o_buffer) std::copy_n(os, n, o_buffer);  // guided in place, and not in the caller's tensor
+          if (os != o_buffer)
+            std::copy_n(os, n, o_buffer);  // guided in place, and not in the caller's tensor
           os = o_buffer;
-          guide_chunk(o_buffer, load(u_buffer, u_data + b * image, u_at, begin, n), guidance_scale, n);
+          guide_chunk(o_buffer, load(u_buffer, u_data + b * image, u_at, begin, n), guidance_scale,
+                      n);
         }
         float* ys = destination(y_buffer, y_data + b * image, x_at, begin);
         posterior_chunk(ys, xs, os, z, k, limit, n);
@@ -239,14 +266,17 @@ at::Tensor posterior_step_cpu(
   return y;
 }
 
-// The per-pixel weights of a loss, read from masks of either dtype and either channel count. Always float32: they are
-// small numbers, and the sums are not.
+// The per-pixel weights of a loss, read from masks of either dtype and either channel count. Always
+// float32: they are small numbers, and the sums are not.
 struct Weights {
   at::Tensor target, cond;
   float cond_weight;
 
-  Weights(const std::optional<at::Tensor>& target_mask, const std::optional<at::Tensor>& cond_mask, double weight)
-      : target(readable_mask(target_mask)), cond(readable_mask(cond_mask)), cond_weight(static_cast<float>(weight)) {}
+  Weights(const std::optional<at::Tensor>& target_mask, const std::optional<at::Tensor>& cond_mask,
+          double weight)
+      : target(readable_mask(target_mask)),
+        cond(readable_mask(cond_mask)),
+        cond_weight(static_cast<float>(weight)) {}
 
   bool per_channel() const {
     return (target.defined() && target.size(1) > 1) || (cond.defined() && cond.size(1) > 1);
@@ -272,17 +302,21 @@ struct Weights {
   }
 };
 
-int64_t count_tasks(int64_t images, const Layout& at) { return images * ((at.pixels + CHUNK - 1) / CHUNK); }
+int64_t count_tasks(int64_t images, const Layout& at) {
+  return images * ((at.pixels + CHUNK - 1) / CHUNK);
+}
 
-// Calls visit(task, b, c, p, n, w) for every run of n pixels of one channel; w is filled once for all channels
-// where the masks allow. One task is one pixel chunk of one image with all its channels.
+// Calls visit(task, b, c, p, n, w) for every run of n pixels of one channel; w is filled once for
+// all channels where the masks allow. One task is one pixel chunk of one image with all its
+// channels.
 template <class Visit>
 void for_each_run(int64_t images, const Layout& at, const Weights& weights, const Visit& visit) {
   const int64_t chunks = (at.pixels + CHUNK - 1) / CHUNK;
   at::parallel_for(0, count_tasks(images, at), CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
     alignas(64) float w[CHUNK];
     for (int64_t task = first; task < last; ++task) {
-      const int64_t b = task / chunks, p = task % chunks * CHUNK, n = std::min(CHUNK, at.pixels - p);
+      const int64_t b = task / chunks, p = task % chunks * CHUNK,
+                    n = std::min(CHUNK, at.pixels - p);
       for (int64_t c = 0; c < at.channels; ++c) {
         if (c == 0 || weights.per_channel()) weights.fill(w, b, c, p, n);
         visit(task, b, c, p, n, w);
@@ -291,22 +325,29 @@ void for_each_run(int64_t images, const Layout& at, const Weights& weights, cons
   });
 }
 
-double sum_in_order(const std::vector<double>& parts) { return std::accumulate(parts.begin(), parts.end(), 0.0); }
+double sum_in_order(const std::vector<double>& parts) {
+  return std::accumulate(parts.begin(), parts.end(), 0.0);
+}
 
 // The sum of all weights. It comes before the loss, so that the gradient can be written as it is.
 double total_weight(int64_t images, Layout at, const Weights& weights) {
   if (!weights.target.defined()) return static_cast<double>(images * at.channels * at.pixels);
-  const double channels = weights.per_channel() ? 1 : std::exchange(at.channels, 1);  // that one mask stands for
+  const double channels =
+      weights.per_channel() ? 1 : std::exchange(at.channels, 1);  // that one mask stands for
   std::vector<double> parts(count_tasks(images, at), 0.0);
-  for_each_run(images, at, weights, [&](int64_t task, int64_t, int64_t, int64_t, int64_t n, const float* w) {
-    parts[task] += sum_chunk(w, n);
-  });
+  for_each_run(images, at, weights,
+               [&](int64_t task, int64_t, int64_t, int64_t, int64_t n, const float* w) {
+                 parts[task] += sum_chunk(w, n);
+               });
   return channels * sum_in_order(parts);
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
-    const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask,
-    const std::optional<at::Tensor>& cond_mask, double cond_weight, int64_t kind, bool gradient) {
+std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(const at::Tensor& pred_,
+                                                   const at::Tensor& target_,
+                                                   const std::optional<at::Tensor>& target_mask,
+                                                   const std::optional<at::Tensor>& cond_mask,
+                                                   double cond_weight, int64_t kind,
+                                                   bool gradient) {
   check_masked_loss(pred_, target_, target_mask, cond_mask, kind);
   const LossViews views(pred_, target_.to(loss_dtype(pred_)), target_mask.has_value());
   const auto& [pred, target, images, p_at, t_at] = views;
@@ -324,15 +365,17 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cpu(
     const acc_t* t_data = target.const_data_ptr<acc_t>();
     acc_t* g_data = gradient ? grad.mutable_data_ptr<acc_t>() : nullptr;
     const acc_t scale = static_cast<acc_t>(1 / total);
-    for_each_run(images, p_at, weights, [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
-      alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK], g_buffer[CHUNK];
-      const int64_t begin = c * p_at.pixels + p;
-      const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
-      const acc_t* ts = load(t_buffer, t_data + b * image, t_at, begin, n);
-      acc_t* gs = gradient ? destination(g_buffer, g_data + b * image, p_at, begin) : nullptr;
-      losses[task] += loss_chunk(kind, gs, ps, ts, w, scale, n);
-      if (gs == g_buffer) store(g_data + b * image, gs, p_at, begin, n);
-    });
+    for_each_run(images, p_at, weights,
+                 [&](int64_t task, int64_t b, int64_t c, int64_t p, int64_t n, const float* w) {
+                   alignas(64) acc_t p_buffer[CHUNK], t_buffer[CHUNK], g_buffer[CHUNK];
+                   const int64_t begin = c * p_at.pixels + p;
+                   const acc_t* ps = load(p_buffer, p_data + b * image, p_at, begin, n);
+                   const acc_t* ts = load(t_buffer, t_data + b * image, t_at, begin, n);
+                   acc_t* gs =
+                       gradient ? destination(g_buffer, g_data + b * image, p_at, begin) : nullptr;
+                   losses[task] += loss_chunk(kind, gs, ps, ts, w, scale, n);
+                   if (gs == g_buffer) store(g_data + b * image, gs, p_at, begin, n);
+                 });
   });
   return {at::scalar_tensor(sum_in_order(losses) / total, options), grad};
 }

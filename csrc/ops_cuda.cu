@@ -1,5 +1,6 @@
-// CUDA kernels: one thread, four elements of a channel, one Philox call. Grid: x runs inside an image, y over images, both
-// capped and strided, so that no index needs a 64-bit division. c10 headers only: ATen/cuda/CUDAContext.h would need cuSPARSE's.
+// CUDA kernels: one thread, four elements of a channel, one Philox call. Grid: x runs inside an
+// image, y over images, both capped and strided, so that no index needs a 64-bit division. c10
+// headers only: ATen/cuda/CUDAContext.h would need cuSPARSE's.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -23,7 +24,8 @@ namespace fused_ddpm {
 constexpr int THREADS = 64, BLOCKS = 16;
 constexpr int64_t MAX_GRID_X = 2048, MAX_GRID_Y = 1024;  // 2048 blocks fill a large GPU
 
-// Resident blocks of threads that take C channels at once: 64 registers a thread, else 128. Nothing spills.
+// Resident blocks of threads that take C channels at once: 64 registers a thread, else 128. Nothing
+// spills.
 constexpr int resident(int C) { return C == 1 ? BLOCKS : BLOCKS / 2; }
 
 // Four elements in one load or store.
@@ -32,20 +34,25 @@ struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
 
-constexpr int64_t COLOURS = 3;  // channels whose pixels a block reads together where they are interleaved
+constexpr int64_t COLOURS =
+    3;  // channels whose pixels a block reads together where they are interleaved
 
 inline bool interleaved(const Layout& at) { return at.pixel_stride > 1; }
 
-// Whether every group of four neighbours in runs of n elements can be loaded at once, or four interleaved pixels of n.
+// Whether every group of four neighbours in runs of n elements can be loaded at once, or four
+// interleaved pixels of n.
 inline bool vectorizable(const at::Tensor& t, const Layout& at, int64_t n) {
   const bool neighbours = !interleaved(at) || at.pixel_stride == COLOURS;
-  return n % 4 == 0 && neighbours && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
+  return n % 4 == 0 && neighbours &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (4 * t.element_size()) == 0;
 }
 
-// Whether a thread should take four pixels of all three colours: some tensor has them interleaved, and none stands against it.
+// Whether a thread should take four pixels of all three colours: some tensor has them interleaved,
+// and none stands against it.
 template <class... L>
 bool by_colours(const L&... at) {
-  return (interleaved(at) || ...) && ((at.channels == COLOURS && (at.vector || !interleaved(at))) && ...);
+  return (interleaved(at) || ...) &&
+         ((at.channels == COLOURS && (at.vector || !interleaved(at))) && ...);
 }
 
 // Calls f(channels that a thread takes at once), a number that the compiler knows.
@@ -56,19 +63,25 @@ void with_channels(bool colours, const F& f) {
 }
 
 inline dim3 grid_for(int64_t images, int64_t groups) {
-  const int64_t y = std::min(images, MAX_GRID_Y), x = std::min((groups + THREADS - 1) / THREADS, std::max<int64_t>(MAX_GRID_X / y, 1));
+  const int64_t y = std::min(images, MAX_GRID_Y),
+                x = std::min((groups + THREADS - 1) / THREADS,
+                             std::max<int64_t>(MAX_GRID_X / y, 1));
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
 }
 
-// Where element 4 group of an image lies; the division is only for strided images of several channels.
-__device__ __forceinline__ void locate(const Layout& at, int64_t group, int64_t* channel, int64_t* pixel) {
+// Where element 4 group of an image lies; the division is only for strided images of several
+// channels.
+__device__ __forceinline__ void locate(const Layout& at, int64_t group, int64_t* channel,
+                                       int64_t* pixel) {
   *channel = at.channels == 1 ? 0 : 4 * group / at.pixels;
   *pixel = 4 * group - *channel * at.pixels;
 }
 
-// Elements 4 group .. 4 group + 3 of an image, in logical order; n of them exist, which may be none.
+// Elements 4 group .. 4 group + 3 of an image, in logical order; n of them exist, which may be
+// none.
 template <class T, class Acc>
-__device__ __forceinline__ void load4(Acc to[4], const T* image, const Layout& at, int64_t group, int64_t n) {
+__device__ __forceinline__ void load4(Acc to[4], const T* image, const Layout& at, int64_t group,
+                                      int64_t n) {
   if (at.vector && n > 0) {
     const Four<T> four = reinterpret_cast<const Four<T>*>(image)[group];
 #pragma unroll
@@ -85,7 +98,8 @@ __device__ __forceinline__ void load4(Acc to[4], const T* image, const Layout& a
 }
 
 template <class T, class Acc>
-__device__ __forceinline__ void store4(T* image, const Acc from[4], const Layout& at, int64_t group, int64_t n) {
+__device__ __forceinline__ void store4(T* image, const Acc from[4], const Layout& at, int64_t group,
+                                       int64_t n) {
   if (at.vector && n > 0) {
     Four<T> four;
 #pragma unroll
@@ -107,12 +121,14 @@ __device__ __forceinline__ Layout channel(const Layout& at) {
   return {1, at.pixels, 0, at.pixel_stride, at.vector && at.pixel_stride == 1};
 }
 
-// Four pixels of C channels. Interleaved, they are neighbours: the block then moves those of all its threads together, in
-// memory's order, and hands them over in `tile`, which is shared: for itself each thread would ask for every sector twice.
-// All threads of a block come here, with consecutive groups; n is 0 for those past the last.
+// Four pixels of C channels. Interleaved, they are neighbours: the block then moves those of all
+// its threads together, in memory's order, and hands them over in `tile`, which is shared: for
+// itself each thread would ask for every sector twice. All threads of a block come here, with
+// consecutive groups; n is 0 for those past the last.
 template <int C, class T, class Acc>
-__device__ __forceinline__ void load_pixels(
-    Acc to[C][4], const T* image, const Layout& at, int64_t group, int64_t groups, int64_t n, Four<float>* tile) {
+__device__ __forceinline__ void load_pixels(Acc to[C][4], const T* image, const Layout& at,
+                                            int64_t group, int64_t groups, int64_t n,
+                                            Four<float>* tile) {
   if constexpr (C == 1) {
     load4(to[0], image, at, group, n);
   } else if (at.pixel_stride == 1) {
@@ -141,13 +157,15 @@ __device__ __forceinline__ void load_pixels(
 }
 
 template <int C, class T>
-__device__ __forceinline__ void store_pixels(
-    T* image, const T from[C][4], const Layout& at, int64_t group, int64_t groups, int64_t n, Four<float>* tile) {
+__device__ __forceinline__ void store_pixels(T* image, const T from[C][4], const Layout& at,
+                                             int64_t group, int64_t groups, int64_t n,
+                                             Four<float>* tile) {
   if constexpr (C == 1) {
     store4(image, from[0], at, group, n);
   } else if (at.pixel_stride == 1) {
 #pragma unroll
-    for (int c = 0; c < C; ++c) store4(image + c * at.channel_stride, from[c], channel(at), group, n);
+    for (int c = 0; c < C; ++c)
+      store4(image + c * at.channel_stride, from[c], channel(at), group, n);
   } else {
     const int64_t first = group - threadIdx.x, left = (groups - first) * C;
     __syncthreads();
@@ -168,15 +186,19 @@ __device__ __forceinline__ void store_pixels(
 }
 
 // Elements of an image from group 4 g on, at most 4, of n in all.
-__device__ __forceinline__ int64_t count(int64_t n, int64_t g) { return n - 4 * g < 4 ? (n > 4 * g ? n - 4 * g : 0) : 4; }
+__device__ __forceinline__ int64_t count(int64_t n, int64_t g) {
+  return n - 4 * g < 4 ? (n > 4 * g ? n - 4 * g : 0) : 4;
+}
 
 // With C = 1 an image is one run of all its elements.
 template <int C, class T>
-__global__ void __launch_bounds__(THREADS, resident(C)) posterior_kernel(
-    float* __restrict__ y, const float* __restrict__ x, const T* __restrict__ out, const T* __restrict__ uncond, float scale,
-    const float* __restrict__ coefficients, const int64_t* __restrict__ step, int64_t steps,
-    const int64_t* __restrict__ seeds, int64_t images, int64_t image, Layout x_at, Layout y_at, Layout o_at, Layout u_at,
-    uint32_t stream, float limit) {
+__global__ void __launch_bounds__(THREADS, resident(C))
+    posterior_kernel(float* __restrict__ y, const float* __restrict__ x, const T* __restrict__ out,
+                     const T* __restrict__ uncond, float scale,
+                     const float* __restrict__ coefficients, const int64_t* __restrict__ step,
+                     int64_t steps, const int64_t* __restrict__ seeds, int64_t images,
+                     int64_t image, Layout x_at, Layout y_at, Layout o_at, Layout u_at,
+                     uint32_t stream, float limit) {
   __shared__ Four<float> tile[C == 1 ? 1 : C * THREADS];
   // The row is read from memory, so a captured graph can be replayed for every step.
   const int64_t row = *step;
@@ -212,12 +234,14 @@ __global__ void __launch_bounds__(THREADS, resident(C)) posterior_kernel(
   }
 }
 
-at::Tensor posterior_step_cuda(
-    const at::Tensor& x_t, const at::Tensor& out, const std::optional<at::Tensor>& out_uncond, double guidance_scale,
-    const at::Tensor& coefficients, const at::Tensor& step, const at::Tensor& seeds, int64_t stream, bool clip) {
+at::Tensor posterior_step_cuda(const at::Tensor& x_t, const at::Tensor& out,
+                               const std::optional<at::Tensor>& out_uncond, double guidance_scale,
+                               const at::Tensor& coefficients, const at::Tensor& step,
+                               const at::Tensor& seeds, int64_t stream, bool clip) {
   check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds, stream);
   const c10::cuda::CUDAGuard guard(x_t.device());
-  const at::Tensor x = dense(x_t), o = dense(out), u = out_uncond ? dense(*out_uncond) : at::Tensor();
+  const at::Tensor x = dense(x_t), o = dense(out),
+                   u = out_uncond ? dense(*out_uncond) : at::Tensor();
   const at::Tensor y = at::empty_like(x);
   if (x.numel() == 0) return y;
   const int64_t images = x.size(0), image = x.numel() / images;
@@ -230,7 +254,8 @@ at::Tensor posterior_step_cuda(
     at.vector = vectorizable(t, at, at.pixels);
     return at;
   };
-  Layout x_at = layout(x), y_at = layout(y), o_at = layout(o), u_at = u.defined() ? layout(u) : o_at;
+  Layout x_at = layout(x), y_at = layout(y), o_at = layout(o),
+         u_at = u.defined() ? layout(u) : o_at;
   const bool colours = by_colours(x_at, y_at, o_at, u_at);
   // Without colours a contiguous image is one run, across its channels.
   const auto as_run = [&](const at::Tensor& t, Layout& at) {
@@ -238,17 +263,21 @@ at::Tensor posterior_step_cuda(
     if (contiguous) at = Layout{1, image, image, 1};
     at.vector = contiguous && vectorizable(t, at, image);
   };
-  if (!colours) as_run(x, x_at), as_run(y, y_at), as_run(o, o_at), as_run(u.defined() ? u : o, u_at);
+  if (!colours)
+    as_run(x, x_at), as_run(y, y_at), as_run(o, o_at), as_run(u.defined() ? u : o, u_at);
   const int64_t run = colours ? x_at.pixels : image;
+  const dim3 grid = grid_for(images, (run + 3) / 4);
+  const auto queue = c10::cuda::getCurrentCUDAStream();  // `stream` is of random numbers
 
   const auto launch = [&](auto type) {
     using T = decltype(type);
     const T* o_data = o.const_data_ptr<T>();
     const T* u_data = u.defined() ? u.const_data_ptr<T>() : nullptr;
     with_channels(colours, [&](auto c) {
-      posterior_kernel<decltype(c)::value, T><<<grid_for(images, (run + 3) / 4), THREADS, 0, c10::cuda::getCurrentCUDAStream()>>>(
-          y_data, x_data, o_data, u_data, static_cast<float>(guidance_scale), coefficients.const_data_ptr<float>(),
-          step.const_data_ptr<int64_t>(), coefficients.size(0), seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, y_at,
+      posterior_kernel<decltype(c)::value, T><<<grid, THREADS, 0, queue>>>(
+          y_data, x_data, o_data, u_data, static_cast<float>(guidance_scale),
+          coefficients.const_data_ptr<float>(), step.const_data_ptr<int64_t>(),
+          coefficients.size(0), seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, y_at,
           o_at, u_at, static_cast<uint32_t>(stream), limit);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -259,7 +288,8 @@ at::Tensor posterior_step_cuda(
   return y;
 }
 
-// A mask of either dtype with one channel or one for each of pred's; data is null where there is none.
+// A mask of either dtype with one channel or one for each of pred's; data is null where there is
+// none.
 struct Mask {
   const void* data;
   bool bytes, truth;  // of bytes: whether they count as 0 or 1
@@ -267,7 +297,8 @@ struct Mask {
   Layout plane;
 
   template <class Acc>
-  __device__ __forceinline__ void load(Acc to[4], int64_t b, int64_t c, int64_t group, int64_t n) const {
+  __device__ __forceinline__ void load(Acc to[4], int64_t b, int64_t c, int64_t group,
+                                       int64_t n) const {
     const int64_t at = (b * channels + (channels > 1 ? c : 0)) * plane.pixels;
     if (bytes) {
       load4(to, static_cast<const uint8_t*>(data) + at, plane, group, n);
@@ -282,9 +313,11 @@ struct Mask {
 struct Masks {
   Mask target, cond;
 
-  // Weights of four pixels of channel c; left alone where they are the same as channel 0's, and so in w already.
+  // Weights of four pixels of channel c; left alone where they are the same as channel 0's, and so
+  // in w already.
   template <class Acc>
-  __device__ __forceinline__ void weights(Acc w[4], Acc cond_weight, int64_t b, int64_t c, int64_t group, int64_t n) const {
+  __device__ __forceinline__ void weights(Acc w[4], Acc cond_weight, int64_t b, int64_t c,
+                                          int64_t group, int64_t n) const {
     if (c > 0 && target.channels <= 1 && cond.channels <= 1) return;
 #pragma unroll
     for (int j = 0; j < 4; ++j) w[j] = j < n ? Acc(1) : Acc(0);
@@ -326,8 +359,9 @@ struct Total {
 
 // The partial sums of the weights of `channels` channels, each of which counts `repeat` times.
 template <class Acc>
-__global__ void __launch_bounds__(THREADS, BLOCKS) weights_kernel(
-    Parts parts, Masks masks, Acc cond_weight, int64_t images, int64_t channels, int64_t pixels, double repeat) {
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    weights_kernel(Parts parts, Masks masks, Acc cond_weight, int64_t images, int64_t channels,
+                   int64_t pixels, double repeat) {
   const int64_t groups = (pixels + 3) / 4;
   Acc total = 0;
   for (int64_t b = blockIdx.y; b < images; b += gridDim.y) {
@@ -345,9 +379,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) weights_kernel(
 
 // The partial sums of the loss and, unless grad is null, the gradient.
 template <int C, class T, class Acc, int64_t KIND>
-__global__ void __launch_bounds__(THREADS, resident(C)) loss_kernel(
-    Parts parts, Acc* __restrict__ grad, const T* __restrict__ pred, const Acc* __restrict__ target, Masks masks,
-    Acc cond_weight, Total total, int64_t images, Layout g_at, Layout p_at, Layout t_at) {
+__global__ void __launch_bounds__(THREADS, resident(C))
+    loss_kernel(Parts parts, Acc* __restrict__ grad, const T* __restrict__ pred,
+                const Acc* __restrict__ target, Masks masks, Acc cond_weight, Total total,
+                int64_t images, Layout g_at, Layout p_at, Layout t_at) {
   __shared__ Four<float> tile[C == 1 ? 1 : C * THREADS];
   const int64_t groups = (p_at.pixels + 3) / 4, image = p_at.channels * p_at.pixels;
   const Acc scale = grad ? static_cast<Acc>(1 / total.divisor()) : Acc(0);
@@ -360,8 +395,10 @@ __global__ void __launch_bounds__(THREADS, resident(C)) loss_kernel(
       Acc w[4];
       for (int64_t c = 0; c < p_at.channels; c += C) {
         Acc ps[C][4], ts[C][4];
-        load_pixels<C>(ps, pred + b * image + c * p_at.channel_stride, at_once(p_at), g, groups, n, tile);
-        load_pixels<C>(ts, target + b * image + c * t_at.channel_stride, at_once(t_at), g, groups, n, tile);
+        load_pixels<C>(ps, pred + b * image + c * p_at.channel_stride, at_once(p_at), g, groups, n,
+                       tile);
+        load_pixels<C>(ts, target + b * image + c * t_at.channel_stride, at_once(t_at), g, groups,
+                       n, tile);
 #pragma unroll
         for (int k = 0; k < C; ++k) {
           masks.weights(w, cond_weight, b, c + k, g, n);
@@ -372,7 +409,9 @@ __global__ void __launch_bounds__(THREADS, resident(C)) loss_kernel(
             ps[k][j] = scale * w[j] * distance_grad<KIND>(diff);
           }
         }
-        if (grad) store_pixels<C>(grad + b * image + c * g_at.channel_stride, ps, at_once(g_at), g, groups, n, tile);
+        if (grad)
+          store_pixels<C>(grad + b * image + c * g_at.channel_stride, ps, at_once(g_at), g, groups,
+                          n, tile);
       }
     }
   }
@@ -381,7 +420,8 @@ __global__ void __launch_bounds__(THREADS, resident(C)) loss_kernel(
 
 // One block adds up what the others left.
 template <class Acc>
-__global__ void __launch_bounds__(THREADS, BLOCKS) finish_kernel(Acc* loss, Parts parts, Total total) {
+__global__ void __launch_bounds__(THREADS, BLOCKS)
+    finish_kernel(Acc* loss, Parts parts, Total total) {
   const double sum = parts.sum(), divisor = total.divisor();
   if (threadIdx.x == 0) *loss = static_cast<Acc>(sum / divisor);
 }
@@ -394,9 +434,12 @@ void with_kind(int64_t kind, const F& f) {
   if (kind == HUBER) f(std::integral_constant<int64_t, HUBER>{});
 }
 
-std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
-    const at::Tensor& pred_, const at::Tensor& target_, const std::optional<at::Tensor>& target_mask_,
-    const std::optional<at::Tensor>& cond_mask_, double cond_weight, int64_t kind, bool gradient) {
+std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(const at::Tensor& pred_,
+                                                    const at::Tensor& target_,
+                                                    const std::optional<at::Tensor>& target_mask_,
+                                                    const std::optional<at::Tensor>& cond_mask_,
+                                                    double cond_weight, int64_t kind,
+                                                    bool gradient) {
   check_masked_loss(pred_, target_, target_mask_, cond_mask_, kind);
   const c10::cuda::CUDAGuard guard(pred_.device());
   const LossViews views(pred_, target_.to(loss_dtype(pred_)), target_mask_.has_value());
@@ -425,11 +468,13 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
   dim3 weights_grid = grid_for(images, groups);
   weights_grid.x = std::min(weights_grid.x, std::max(256 / weights_grid.y, 1u));
   const dim3 grid = grid_for(images, groups);
-  const int64_t of_weights = target_mask.defined() ? static_cast<int64_t>(weights_grid.x) * weights_grid.y : 0;
+  const int64_t of_weights =
+      target_mask.defined() ? static_cast<int64_t>(weights_grid.x) * weights_grid.y : 0;
   const int64_t of_loss = static_cast<int64_t>(grid.x) * grid.y;
   const at::Tensor sums = at::empty({of_loss + of_weights}, options.dtype(at::kDouble));
   const Parts losses{sums.mutable_data_ptr<double>(), of_loss};
-  const Total total{{of_weights ? losses.sums + of_loss : nullptr, of_weights}, static_cast<double>(pred.numel())};
+  const Total total{{of_weights ? losses.sums + of_loss : nullptr, of_weights},
+                    static_cast<double>(pred.numel())};
   const auto stream = c10::cuda::getCurrentCUDAStream();
 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, pred.scalar_type(), "masked_loss", [&] {
@@ -443,11 +488,13 @@ std::tuple<at::Tensor, at::Tensor> masked_loss_cuda(
     }
     const auto launch = [&](auto c, auto k) {
       loss_kernel<decltype(c)::value, T, Acc, decltype(k)::value><<<grid, THREADS, 0, stream>>>(
-          losses, gradient ? grad.mutable_data_ptr<Acc>() : nullptr, pred.const_data_ptr<T>(), target.const_data_ptr<Acc>(),
-          masks, static_cast<Acc>(cond_weight), total, images, g_at, p_at, t_at);
+          losses, gradient ? grad.mutable_data_ptr<Acc>() : nullptr, pred.const_data_ptr<T>(),
+          target.const_data_ptr<Acc>(), masks, static_cast<Acc>(cond_weight), total, images, g_at,
+          p_at, t_at);
     };
     with_kind(kind, [&](auto k) {
-      if constexpr (std::is_same_v<T, double>) return launch(std::integral_constant<int, 1>{}, k);  // registers
+      if constexpr (std::is_same_v<T, double>)
+        return launch(std::integral_constant<int, 1>{}, k);  // registers
       const bool colours = gradient ? by_colours(p_at, t_at, g_at) : by_colours(p_at, t_at);
       with_channels(colours, [&](auto c) { launch(c, k); });
     });
