@@ -11,9 +11,12 @@ from pathlib import Path
 
 _program = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve()
 # One of the project's own: as a library it leaves signals alone.
-_ours = _program.suffix == ".py" and _program.parent == Path(__file__).resolve().parents[1]
-_ours = _ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-_ours = _ours and threading.current_thread() is threading.main_thread()
+_ours = (
+    _program.suffix == ".py"
+    and _program.parent == Path(__file__).resolve().parents[1]
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    and threading.current_thread() is threading.main_thread()
+)
 
 
 def _end(number, frame):

@@ -150,9 +150,9 @@ class LinearGuess(nn.Module):
         mask, _ = make_masks(some, 0, n, config)
         square, mean = 0, 0
         for part, seen in zip(x.split(64), mask.split(64), strict=True):
-            h, std, V, _ = self.see(points_of(part, seen), n)
+            h, std, v = self.with_std(points_of(part, seen))
             square = square + (dct((part - h) / std) / n).square().mean(1).sum(0)
-            mean = mean + V.sum()  # of v, as yet
+            mean = mean + v.sum()
         self.spectrum.copy_((square + 1e-6 * square.mean()) / mean)
 
     def forward(self, points):
@@ -184,14 +184,18 @@ class LinearGuess(nn.Module):
             v = nn.functional.interpolate(v, size=n, mode="bilinear")
         return h, v
 
+    def with_std(self, points):
+        """(h, std, mean of v, (B, 1, 1, 1)): v is std^2 times that, where std^2 is above LEAST."""
+        h, v = self(points)
+        mean = v.mean((2, 3), keepdim=True)
+        return h, (v / mean).clamp(min=LEAST).sqrt(), mean
+
     def see(self, points, n, as_points=True):
         """(h, std, V, seen): all that a network is told about points of functions on an n x n grid.
 
         h, std: (B, C, m, m), (B, 1, m, m). V: (B, 1, m, m), of the modes of (x - h) / std. seen: of
         set_convolution on their grid; or where a network wants pixels, of `rasterize` on n x n.
         """
-        h, v = self(points)
-        mean = v.mean((2, 3), keepdim=True)
-        std = (v / mean).clamp(min=LEAST).sqrt()
+        h, std, mean = self.with_std(points)
         seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, n)
         return h, std, self.spectrum * mean, seen

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench
+
 import pytest
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 HERE = Path(__file__).resolve().parents[1]
-SCRIPTS = ["toy_diffusion", "ddpm", "cfg_ddpm", "sparse_ddpm", "sparse_ddo"]
 
 
 def run(tmp_path, *arguments):
@@ -22,7 +23,7 @@ def run(tmp_path, *arguments):
     return subprocess.run(command, cwd=tmp_path, preexec_fn=heeded, **options)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "evaluate", "fill_images", "bench"])
+@pytest.mark.parametrize("script", [*bench.SCRIPTS, "evaluate", "fill_images", "bench"])
 def test_one_line(tmp_path, script):
     done = run(tmp_path, HERE / f"{script}.py")
     assert (done.stdout, done.stderr) == ("", f"{script}.py: interrupted\n")

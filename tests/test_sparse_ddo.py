@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 
 import sparse_ddo as script
-from fused_ddpm import points
+from fused_ddpm import images, points
 from fused_ddpm.grids import resize
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.metrics import psnr
@@ -350,9 +350,9 @@ def watch(monkeypatch):
 @pytest.mark.parametrize("flip", [False, True])
 def test_masks_are_the_same_in_every_epoch(tmp_path, watch, flip):
     """Of a mirrored image mirrored, so that an image only ever shows one set of pixels."""
-    images, _ = load_images("shapes", image_size=16)
-    own = {to_float(x).numpy().tobytes(): (i, False) for i, x in enumerate(images)}
-    own |= {to_float(x.flip(-1)).numpy().tobytes(): (i, True) for i, x in enumerate(images)}
+    shapes, _ = load_images("shapes", image_size=16)
+    own = {to_float(x).numpy().tobytes(): (i, False) for i, x in enumerate(shapes)}
+    own |= {to_float(x.flip(-1)).numpy().tobytes(): (i, True) for i, x in enumerate(shapes)}
     masks, both = {}, set()
     flags = ["--steps", "39", "--seed", "3", *["--flip"] * flip]  # three epochs of 13 batches
     for x_start, _, pairs in watch(tmp_path, *flags):
@@ -426,7 +426,8 @@ def test_loss_and_where_it_is_taken(region, objective):
     if objective == "residual":  # what is that far off in x
         beside = script.idct((modes(beside) / 32 * P.sqrt()).float())
     expected = 1 if region == "query" else off.square().mean().item()
-    assert loss_of(goal + beside) == pytest.approx(expected, rel=1e-2)
+    rel = 1e-2 if objective == "residual" else 1e-4
+    assert loss_of(goal + beside) == pytest.approx(expected, rel=rel)
     inputs, time = shown[0]  # what the network is given
     torch.testing.assert_close(inputs[:, :1], h + std * script.idct(guess.float()) * 32)
     torch.testing.assert_close(inputs[:, 2:3], h.expand_as(z))
@@ -436,7 +437,8 @@ def test_loss_and_where_it_is_taken(region, objective):
 # -- whole runs ------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_and_writes_everything(tmp_path):
+def test_a_run_learns_and_writes_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "SHAPES_COUNT", {True: 1500, False: 40})  # enough to learn from
     flags = "--steps 120 --sample-every 60 --lr 5e-3 --dim 16 --sample-steps 8 --num-draws 3"
     run(tmp_path / "run", *flags.split())
     files = {p.name for p in (tmp_path / "run").iterdir()}
@@ -447,7 +449,7 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     history = read_json(tmp_path / "run/history.json")
     assert history.pop("final")["images"].keys() >= {"val", "test"}
     assert len({len(v) for v in history.values()}) == 1 and history["steps"][-1] == 120
-    assert min(history["val_loss"]) < 0.995 * history["val_loss"][0]  # so few steps teach little
+    assert history["val_loss"][-1] < 0.99 * history["val_loss"][0]
     arrays = np.load(tmp_path / "run/reconstructions.npz")
     draws, truth = arrays["draws"], arrays["truth"]
     assert draws.shape == (3, 4, 3, 16, 16) and truth.shape == (4, 3, 16, 16)
