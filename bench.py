@@ -272,7 +272,6 @@ def run_script(job):
         clock.watch(script, "sample")
     else:
         flags += ["--preset", job["preset"], "--sample-every", 10**6, "--save-every", 10**6]
-        flags += ["--num-draws", 1] if job["name"].startswith("sparse") else []
         flags += ["--compile"] if job["mode"] == "compile" else []
         script.held_out_losses = lambda *args: {}  # it calls training_loss, too
         watch_sampler(script, clock)

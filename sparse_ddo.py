@@ -56,8 +56,8 @@ from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_resolutions
-from fused_ddpm.points import LinearGuess, points_of, put_back, random_points
-from fused_ddpm.results import draw_each, write_results
+from fused_ddpm.points import LinearGuess, Points, points_of, put_back, random_points
+from fused_ddpm.results import draw_each, once_each, write_results
 from fused_ddpm.runs import Run
 
 import torch
@@ -215,7 +215,7 @@ def make_sampler(model, channels, config):
     seeds: int64 (B,). points: Points, of values in [-1, 1]. An image depends on its own seed and
     points alone.
     """
-    n, steps = config.image_size, config.sample_steps
+    n, steps, as_points = config.image_size, config.sample_steps, config.conditioning == "setconv"
     times, alpha, N, c, spread = sampling_table(n, config)
 
     @graphed  # on a GPU one launch a step, network and all
@@ -234,7 +234,8 @@ def make_sampler(model, channels, config):
 
     @torch.no_grad()
     def sample(seeds, points):
-        context = h, std, *_ = model.guess.see(points, n, config.conditioning == "setconv")
+        see = model.guess.see
+        context = h, std, *_ = once_each(lambda *p: see(Points(*p), n, as_points), *points)
         z = gp_noise(white_noise(seeds, channels, n, 0, steps), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)

@@ -43,7 +43,7 @@ from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import DROP, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions
-from fused_ddpm.results import draw_as_classes, draw_each, write_results
+from fused_ddpm.results import draw_as_classes, draw_each, once_each, write_results
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet, check_sizes
 
@@ -255,7 +255,7 @@ def make_sampler(model, shape, config, parts=None):
         whole, most = cond, config.sparsity[-1] if config.sample_steps > 1 else 0.0
         white = seeded_normal(seeds, shape)
         for state, seen in in_parts(seeds, cond_mask, parts, most, config):
-            context = *model.fill(whole * seen, seen, state), *labels
+            context = *once_each(model.fill, whole * seen, seen, state), *labels
             x_t = model.fill.couple(white, seen, state) if parts and most else white
             for step in range(config.sample_steps):
                 x_t = reverse_step(x_t, step, seeds, *context)

@@ -98,10 +98,11 @@ class Samples:
             key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return key.digest()
 
-    def missing(self, parts=1):
+    def missing(self, parts=1, order=None):
         """Indices (B,) of batches that are not whole yet, this process's share of them. parts: in
-        which a sample is made, for the progress bar."""
-        index = torch.arange(self.n, device=self.config.device)
+        which a sample is made, for the progress bar. order: of the indices (n,), if not as they
+        are."""
+        index = torch.arange(self.n, device=self.config.device) if order is None else order
         batches = index.split(self.config.batch_size)
         batches = [i for i in batches if not self.done[i.cpu().numpy()].all()][rank() :: world()]
         total = len(batches) * self.config.sample_steps * parts

@@ -2,12 +2,15 @@
 
 from types import SimpleNamespace
 
+import sparse_ddpm
 from fused_ddpm.grids import resize
 from fused_ddpm.metrics import psnr
-from fused_ddpm.results import write_results
+from fused_ddpm.results import draw_each, once_each, write_results
+from fused_ddpm.samples import Samples
 
 import pytest
 import torch
+from helpers import make_config
 
 
 def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path):
@@ -31,3 +34,33 @@ def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path):
     written.clear()
     write_results(run, found)
     assert not written
+
+
+def test_equal_rows_in_turn_are_computed_once():
+    asked = []
+
+    def function(x, mask):
+        asked.append(x.flatten().tolist())
+        return x + mask, ~mask
+
+    x = torch.tensor([1.0, 1, 2, 2, 2, 1, 1]).view(-1, 1, 1, 1)
+    mask = torch.tensor([0, 0, 0, 1, 1, 1, 1]).bool().view(-1, 1, 1, 1)
+    together, apart = once_each(function, x, mask), function(x, mask)
+    assert asked[0] == [1, 2, 2, 1]
+    assert all(map(torch.equal, together, apart))
+
+
+def test_the_draws_of_an_image_come_together(tmp_path):
+    """Each has its own seed and its image's inputs, and is where it belongs."""
+    config = make_config(sparse_ddpm, num_draws=3, batch_size=4, sample_steps=1)
+    drawn, inputs = [], torch.arange(5.0).view(5, 1, 1, 1) / 8
+
+    def sample(seeds, x):
+        drawn.extend(x.flatten().mul(8).tolist())
+        yield 2 * x - 1 + (seeds >> 20).view(-1, 1, 1, 1) / 4  # in [-1, 1]; draw_each halves
+
+    run = SimpleNamespace(seeds=lambda i: i)
+    run.samples = lambda n, shape, dtype, *_, **__: Samples(config, n, shape, dtype)
+    draws = draw_each(run, torch.nn.Identity(), sample, (inputs,), (1, 1, 1), config)
+    assert drawn == [i for i in range(5) for _ in range(3)]
+    assert torch.equal(draws.flatten(1), inputs.flatten() + torch.arange(3)[:, None] / 8)
