@@ -22,9 +22,9 @@ sparse_ddpm.py, but mode by mode. With V_k the variance of r in mode k, N_k that
     g_k = alpha_k V_k z_k / D_k,    D_k = alpha_k^2 V_k + N_k, the variance of z_k
     r_k = g_k + f_k sqrt(V_k N_k / D_k)    so that f has to be white noise or so at every t
 
-A mode's coefficients, divided by the side of the grid, are the same on any grid that holds it, and
-h and std are functions; so x is one, made on the training grid. A finer grid adds modes of which no
-training image says anything: x has none. On a coarser one z says nothing of the modes beyond it.
+A mode's coefficients, divided by the side of the grid, are the same on any grid that holds it: so
+are kept those of z, of the modes that the training grid holds. Of others no training image says
+anything, and x = h + std r has none. It is a function, to be seen on any grid.
 
 A step t -> s is that of DDIM (Song et al. 2021) for r - g, and exact for the linear rest, whose
 spread few steps would narrow:
@@ -49,11 +49,11 @@ from fused_ddpm import graphed, grids, masked_loss, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
 from fused_ddpm.fno import FnoUnet
-from fused_ddpm.grids import dct, gp_noise, idct, noise_scale, resize, white_noise, with_modes
+from fused_ddpm.grids import dct, gp_noise, idct, noise_scale, resize
 from fused_ddpm.images import Data, mirror_half, to_float, to_unit
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
 from fused_ddpm.metrics import Intervals
-from fused_ddpm.noise import TIMESTEP, TRAIN_NOISE, seeded_uniform
+from fused_ddpm.noise import STEP_NOISE, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_resolutions
 from fused_ddpm.points import LinearGuess, Points, points_of, put_back, random_points
@@ -147,14 +147,14 @@ def log_alpha(t, n, config):
 
 
 def sampling_table(n, config):
-    """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
+    """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above, for modes over n."""
     times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** config.spacing
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
     alpha, kept = log.exp(), (log[:-1] - log[1:]).exp() * sigma[1:] / sigma[:-1]
     w = config.eta**2 * sigma[1:] ** 2 * (1 - kept**2)
     c = alpha[1:] - alpha[:-1] * (sigma[1:] ** 2 - w).clamp(min=0).sqrt() / sigma[:-1]
-    scale = noise_scale(n, config.length_scale, "cpu").double() / n
+    scale = noise_scale(n, config.length_scale, "cpu").double()
     rows = times[:-1], alpha, (sigma * scale) ** 2, c, w.sqrt() * scale
     return [x.float().to(config.device) for x in rows]
 
@@ -166,81 +166,80 @@ ROUNDING = 1e-12  # a variance: float32 leaves as much to modes that hardly have
 
 
 def q_sample(r, t, noise, config):
-    """z_t of the forward process. r, noise: (B, C, n, n); t: (B,) in [0, 1]."""
+    """z_t of the forward process: its modes, over n, like noise, see gp_noise. r: (B, C, n, n);
+    t: (B,) in [0, 1]."""
     alpha = log_alpha(t, r.shape[-1], config).exp().float()[:, None]
     _, sigma, _ = make_schedule(t, config)
-    return idct(alpha * dct(r)) + sigma.float()[:, None, None, None] * noise
+    return alpha * dct(r) / r.shape[-1] + sigma.float()[:, None, None, None] * noise
 
 
-def predict(model, z_t, t, context, config):
-    """(r, scale, f) on the training grid (m x m); the loss of x is in units of scale.
+def predict(model, z, t, context, config):
+    """(r, scale, f) in pixels; the loss of x is in units of scale.
 
-    z_t: on any grid. context: of LinearGuess.see. Modes are divided by the grid's side.
+    z: (B, C, n, n), its modes over n. context: of LinearGuess.see.
     """
-    (h, std, V, seen), n = context, z_t.shape[-1]
-    m = h.shape[-1]
-    z = with_modes(dct(z_t) / n, m)
-    alpha = with_modes(log_alpha(t, min(n, m), config).exp().float(), m)[:, None]
+    (h, std, V, seen), n = context, z.shape[-1]
+    alpha = log_alpha(t, n, config).exp().float()[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
-    noise = (sigma * noise_scale(m, config.length_scale, z.device) / m) ** 2 + ROUNDING
+    noise = (sigma * noise_scale(n, config.length_scale, z.device)) ** 2 + ROUNDING
     D = alpha**2 * V + noise
     known, k = alpha * V * z / D, (V * noise / D).sqrt()
-    x_in, news = h + std * idct(known) * m, idct(z * D.rsqrt())  # the latter white, of size 1
+    x_in, news = h + std * idct(known) * n, idct(z * D.rsqrt())  # the latter white, of size 1
     unsure = (std * V.sum((2, 3), keepdim=True).sqrt()).log() / 2 + 1  # -1 to 1, or so
     inputs = torch.cat([x_in, news, h, unsure], dim=1)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bfloat16):
         f = model(inputs, t, seen).float()
     scale = std.square().mean((2, 3), keepdim=True) * k.square().sum((2, 3), keepdim=True)
     if config.objective == "x0":
-        known, k, scale = 0, 1 / m, torch.ones_like(scale)
+        known, k, scale = 0, 1 / n, torch.ones_like(scale)
     elif config.objective == "eps":  # where alpha is nearly 0 that is but rounding
-        known, k = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / m))
-    return idct(known + k * dct(f)) * m, scale.clamp(min=1e-5).sqrt(), f
+        known, k = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / n))
+    return idct(known + k * dct(f)) * n, scale.clamp(min=1e-5).sqrt(), f
 
 
 def training_loss(model, guess, x_start, t, noise, masks, points, config):
-    """The loss of a batch (B, C, n, n) in [-1, 1]. t: (B,) in [0, 1]; masks: see make_masks."""
-    context = h, std, *_ = guess.see(points, x_start.shape[-1], config.conditioning == "setconv")
-    z_t = q_sample((x_start - h) / std, t, noise, config)
-    r, scale, f = predict(model, z_t, t, context, config)
+    """The loss of a batch (B, C, n, n) in [-1, 1]. t, noise: see q_sample; masks: make_masks."""
+    n, eps = x_start.shape[-1], config.objective == "eps"
+    context = h, std, *_ = guess.see(points, n, config.conditioning == "setconv")
+    z = q_sample((x_start - h) / std, t, noise, config)
+    r, scale, f = predict(model, z, t, context, config)
     x_hat = (h + std * r) / scale
-    out, goal = (f, noise) if config.objective == "eps" else (x_hat, x_start / scale)
+    out, goal = (f, idct(noise) * n) if eps else (x_hat, x_start / scale)
     where = masks[1] if config.loss_region == "query" else None
     return masked_loss(out, goal, where, kind=config.loss)
 
 
-def make_sampler(model, channels, config):
-    """sample(seeds, points): z (B, C, n, n) after each reverse step, n = image_size; in the end x.
+def make_sampler(model, shape, config):
+    """sample(seeds, points): z (B, C, m, m) after each reverse step, its modes over m; in the end x
+    on the grid of n = image_size, (B, C, n, n).
 
-    seeds: int64 (B,). points: Points, of values in [-1, 1]. An image depends on its own seed and
-    points alone.
+    shape: (C, m, m), of training. seeds: int64 (B,). points: Points, of values in [-1, 1]. An image
+    depends on its own seed and points alone.
     """
-    n, steps, as_points = config.image_size, config.sample_steps, config.conditioning == "setconv"
-    times, alpha, N, c, spread = sampling_table(n, config)
+    m, n, steps = shape[-1], config.image_size, config.sample_steps
+    times, alpha, N, c, spread = sampling_table(m, config)
 
     @graphed  # on a GPU one launch a step, network and all
     def reverse_step(z, step, seeds, *context):
         h, std, V, _ = context
         r, _, _ = predict(model, z, times[step].expand(len(z)), context, config)
         if steps == 1:  # from noise: the posterior mean
-            return resize(r, n)
+            return dct(r) / m
         r = ((h + std * r).clamp(-1, 1) - h) / std
-        V, r, z = with_modes(V, n), with_modes(dct(r) / len(h[0, 0]), n), dct(z) / n
         D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
-        g = alpha[step] * V / D_t * z
-        kept = ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt()
-        noise = white_noise(seeds, channels, n, step + 1, steps) if config.eta else 0
-        return idct(kept * z + c[step] * (r - g) + spread[step] * noise) * n
+        g, kept = alpha[step] * V / D_t * z, ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt()
+        noise = seeded_normal(seeds, shape, STEP_NOISE, step, steps) if config.eta else 0
+        return kept * z + c[step] * (dct(r) / m - g) + spread[step] * noise
 
     @torch.no_grad()
     def sample(seeds, points):
-        see = model.guess.see
+        see, as_points = model.guess.see, config.conditioning == "setconv"
         context = h, std, *_ = once_each(lambda *p: see(Points(*p), n, as_points), *points)
-        z = gp_noise(white_noise(seeds, channels, n, 0, steps), config.length_scale)
+        z = gp_noise(seeded_normal(seeds, shape), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)
             if step + 1 == steps:
-                z = resize(h + std * resize(z, h.shape[-1]), n)
+                z = resize(h + std * idct(z) * m, n)
                 if config.enforce_observed:
                     z = put_back(z, points, config.length_scale)
             yield z
@@ -335,16 +334,17 @@ def reconstruct(run, model, images, config, file=None):
     truth: (N, C, m, m); cond_mask, target_mask: bool (N, 1, m, m); draws: (K, N, C, n, n) with
     n = config.image_size.
     """
-    (_, channels, _, m), truth, size = images.shape, to_float(images), config.image_size
+    truth, m, size = to_float(images), images.shape[-1], config.image_size
     index = torch.arange(len(images), device=images.device)
     cond_mask, target_mask = masks_of(TEST_INDEX + index, m, config)
-    sample, exact = make_sampler(model, channels, config), config.enforce_observed and size == m
+    sample = make_sampler(model, truth.shape[1:], config)
+    exact = config.enforce_observed and size == m
 
     def of_points(seeds, x, mask):
         for z in sample(seeds, points_of(x, mask)):
             yield torch.where(mask, x, z) if exact else z  # to the last bit
 
-    inputs, shape = (truth, cond_mask), (channels, size, size)
+    inputs, shape = (truth, cond_mask), (truth.shape[1], size, size)
     draws = draw_each(run, model, of_points, inputs, shape, config, file)
     found = {"truth": to_unit(truth), "cond_mask": cond_mask, "target_mask": target_mask}
     return {name: x.cpu() for name, x in found.items()} | {"draws": draws}

@@ -7,11 +7,7 @@ the pixel centres. On a finer grid a function has the same coefficients, times t
 import functools
 import math
 
-from fused_ddpm.noise import STEP_NOISE
-from fused_ddpm.ops import seeded_normal
-
 import torch
-import torch.nn.functional as F
 
 
 def cosines(places, n):
@@ -37,30 +33,12 @@ def idct(u):
     return matrix.T @ u @ matrix
 
 
-def with_modes(u, n):
-    """Coefficients (..., m, m) as (..., n, n): cut, or zeros beside them."""
-    more = n - u.shape[-1]
-    return F.pad(u, (0, more, 0, more))
-
-
 @functools.cache
 def resize_matrix(size, n, device):
     """(n, size): values at `size` pixel centres to those at n, by the cosine modes of both."""
     k = min(size, n)
     matrix = dct_matrix(n, "cpu")[:k].double().T @ dct_matrix(size, "cpu")[:k].double()
     return (matrix * (n / size) ** 0.5).float().to(device)
-
-
-@functools.cache
-def places_in_shells(n, channels, device):
-    """Places of modes (k1, k2), (channels, n, n), if they are listed by max(k1, k2).
-
-    A finer grid only adds to that list, so a mode draws the same numbers on any grid.
-    """
-    k1, k2 = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
-    shell = torch.maximum(k1, k2)
-    place = shell**2 + torch.where(k1 == shell, k2, shell + 1 + k1)
-    return (channels * place + torch.arange(channels)[:, None, None]).to(device)
 
 
 def cached(make, *args):
@@ -91,23 +69,18 @@ def resize(x, n):
         return along_both(matrix, x.float())
 
 
-# -- Noise that is the same function on any grid ---------------------------------------------------
+# -- Smooth noise ----------------------------------------------------------------------------------
 
 
 @functools.cache
 def noise_scale(n, length, device):
-    """Standard deviations (n, n) of the noise's modes: covariance exp(-(r / length)^2)."""
+    """Deviations (n, n) of the modes, over n, of noise with the covariance exp(-(r / length)^2)."""
     k = torch.arange(n, dtype=torch.float64)
     spectrum = length * math.pi**0.5 * torch.exp(-((math.pi * k * length) ** 2) / 4)
-    return (n * (spectrum[:, None] * spectrum).sqrt()).float().to(device)
+    return (spectrum[:, None] * spectrum).sqrt().float().to(device)
 
 
 def gp_noise(white, length):
-    """A Gaussian process (B, C, n, n) from white noise; of variance 1 inside, if resolved."""
-    return idct(noise_scale(white.shape[-1], length, white.device) * white)
-
-
-def white_noise(seeds, channels, n, step, steps):
-    """Normals (B, channels, n, n), one a mode, for a step 0..steps: the same on any grid."""
-    white = seeded_normal(seeds, (n * n * channels,), STEP_NOISE, step, steps + 1)
-    return white[:, places_in_shells(n, channels, seeds.device)]
+    """From white noise (B, C, n, n) the modes, over n, of such noise: variance 1 inside the image,
+    if the grid resolves it, 2 at an edge and 4 in a corner."""
+    return noise_scale(white.shape[-1], length, white.device) * white

@@ -6,6 +6,7 @@ from fused_ddpm.config import preset_values
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 # Of a configuration, where a script has such a flag.
 SMALL = dict(device="cpu", data="shapes", image_size=16, dim=8, dim_mults=[1, 2], num_timesteps=50)
@@ -20,6 +21,12 @@ OF_ITS_OWN = {
     "cfg_ddpm": "--num-timesteps 50 --guidance-sweep 2",
     "sparse_ddo": "--modes 8 --num-draws 2",
 }
+
+
+def with_modes(u, n):
+    """Coefficients (..., m, m) as (..., n, n): zeros beside them."""
+    more = n - u.shape[-1]
+    return F.pad(u, (0, more, 0, more))
 
 
 def make_config(script, **changes):

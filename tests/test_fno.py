@@ -5,13 +5,13 @@ import math
 import sparse_ddo
 from fused_ddpm import grids
 from fused_ddpm.fno import Block, FnoUnet, SpectralConv
-from fused_ddpm.grids import dct, idct, places_in_shells, resize, with_modes
+from fused_ddpm.grids import dct, idct, resize
 from fused_ddpm.points import WIDTHS
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import away_from_zero, make_config
+from helpers import away_from_zero, make_config, with_modes
 
 conditionings = pytest.mark.parametrize("conditioning", ["setconv", "encoder", "concat"])
 
@@ -110,16 +110,6 @@ def test_resizing_leaves_out_what_the_coarser_grid_cannot_hold():
         assert resized.abs().max().item() == pytest.approx(1 if there else 0, abs=0.05)
     same = waves(16, 4)
     assert resize(same, 16) is same
-
-
-def test_modes_are_listed_from_the_lowest_on():
-    places = places_in_shells(5, 3, "cpu")
-    assert places.shape == (3, 5, 5) and places.flatten().sort().values.tolist() == list(range(75))
-    for n in (1, 2, 4):  # a coarser grid has the beginning of the list
-        assert torch.equal(places_in_shells(n, 3, "cpu"), places[:, :n, :n])
-    assert places[:, 0, 0].tolist() == [0, 1, 2]
-    shell = torch.maximum(*torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij"))
-    assert ((places >= 3 * shell**2) & (places < 3 * (shell + 1) ** 2)).all()
 
 
 def test_preparing_to_compile_changes_no_number(monkeypatch):

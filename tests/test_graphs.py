@@ -294,10 +294,7 @@ def scattered(x, *_):
 def sampler_and_inputs(script, net, config):
     """(sample, its inputs for seeds 0..3)."""
     device, size = config.device, config.image_size
-    if script is sparse_ddo:
-        sample = script.make_sampler(net, 3, config)
-    else:
-        sample = script.make_sampler(net, (3, size, size), config)
+    sample = script.make_sampler(net, (3, size, size), config)
     seeds, labels = torch.arange(4, device=device), torch.tensor([0, 3, 1, 0], device=device)
     mask = torch.ones(4, 1, size, size, dtype=torch.bool, device=device)
     mask[:, :, ::2] = False

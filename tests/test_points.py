@@ -5,7 +5,7 @@ import math
 import sparse_ddo
 from fused_ddpm import points as module
 from fused_ddpm.fill import GaussianFill
-from fused_ddpm.grids import dct_matrix, idct, resize, with_modes
+from fused_ddpm.grids import dct_matrix, idct, resize
 from fused_ddpm.points import (
     WIDTHS,
     LinearGuess,
@@ -20,7 +20,7 @@ from fused_ddpm.points import (
 
 import pytest
 import torch
-from helpers import make_config
+from helpers import make_config, with_modes
 
 
 def a_function(n, channels=1, highest=6):
