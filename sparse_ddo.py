@@ -239,9 +239,10 @@ def make_sampler(model, shape, config):
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)
             if step + 1 == steps:
-                z = resize(h + std * idct(z) * m, n)
+                z = h + std * idct(z) * m
                 if config.enforce_observed:
                     z = put_back(z, points, config.length_scale)
+                z = resize(z, n)
             yield z
 
     return sample

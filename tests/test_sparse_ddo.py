@@ -276,20 +276,16 @@ def test_the_same_function_on_another_grid(conditioning, n):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_draws_are_the_same_functions_on_another_grid(eta):
-    """Where nothing reaches -1 or 1: clipping a function makes modes that few grids can hold."""
+    """With the observed values put back, which holds on any grid."""
     model, _ = small_model()
-    model.guess.linear.covariance.mul_(0.05)
-    points = scattered(100)
-    points = points._replace(values=points.values / 30)
-    drawn = {}
+    points, drawn = scattered(100), {}
     for n in (32, 64):
         config = small_config(eta=eta, sample_steps=5, image_size=n)
         sample = script.make_sampler(model, (1, 32, 32), config)
         *_, drawn[n] = sample(torch.arange(2), points)
         off = at_points(drawn[n], points.places) - points.values
         assert off.abs().mean() < 2e-3  # but where two of them nearly coincide, nothing
-    error = (resize(drawn[64], 32) - drawn[32]).square().mean().sqrt()
-    assert error < 0.02 * drawn[32].std()
+    torch.testing.assert_close(resize(drawn[64], 32), drawn[32], rtol=0, atol=1e-4)
 
 
 def test_sampler_yields_every_step_and_depends_on_seed_and_points_alone():
