@@ -1,8 +1,8 @@
 """Sparse reconstruction in function space: an image is a function on the unit square, on any grid.
 
 Denoising diffusion operators (DDO, Lim et al. 2023, arXiv 2302.07400), conditioned on points of the
-function: 10% of the pixels, or any places. State, noise and network are defined for functions and
-only then sampled: what is learnt at 32x32 also reconstructs at 48x48 or 64x64.
+function: 10% of the pixels, or any places. State, noise and network are functions, kept as cosine
+modes, and only the result is put on a grid: what is learnt at 32x32 reconstructs at 48x48 or 64x64.
 
 The points alone give the best linear guess h by the covariance of the training images (kriging; see
 points.py), off by a variance v(u) at a place u. What diffuses is what they leave open, made as much
@@ -22,9 +22,9 @@ sparse_ddpm.py, but mode by mode. With V_k the variance of r in mode k, N_k that
     g_k = alpha_k V_k z_k / D_k,    D_k = alpha_k^2 V_k + N_k, the variance of z_k
     r_k = g_k + f_k sqrt(V_k N_k / D_k)    so that f has to be white noise or so at every t
 
-A mode's coefficients, divided by the side of the grid, are the same on any grid that holds it: so
-are kept those of z, of the modes that the training grid holds. Of others no training image says
-anything, and x = h + std r has none. It is a function, to be seen on any grid.
+On every grid that holds a mode, its coefficient divided by the side is the same number. z is kept
+as these numbers, for the modes of the training grid: of others no training image says anything. So
+x = h + std r has none, and can be shown on any grid.
 
 A step t -> s is that of DDIM (Song et al. 2021) for r - g, and exact for the linear rest, whose
 spread few steps would narrow:
@@ -120,7 +120,7 @@ class Config(RunConfig, Sampling, Training, Model):
         factor = 2 ** len(self.dim_mults)
         yield not self.dim_mults, "--dim-mults: needs one level at least"
         small = f"--image-size {self.image_size}: must be at least --modes, {self.modes}"
-        yield self.image_size < self.modes, small
+        yield not self.sample and self.image_size < self.modes, small
         blur = f"--blur-min {self.blur_min}: must not exceed --blur-max, {self.blur_max}"
         yield self.blur_min > self.blur_max, blur
         yield self.modes % factor, f"--modes {self.modes}: must be a multiple of {factor}"
@@ -147,7 +147,7 @@ def log_alpha(t, n, config):
 
 
 def sampling_table(n, config):
-    """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above, for modes over n."""
+    """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
     times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** config.spacing
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
@@ -166,8 +166,7 @@ ROUNDING = 1e-12  # a variance: float32 leaves as much to modes that hardly have
 
 
 def q_sample(r, t, noise, config):
-    """z_t of the forward process: its modes, over n, like noise, see gp_noise. r: (B, C, n, n);
-    t: (B,) in [0, 1]."""
+    """z_t, as modes divided by n; so is noise, see gp_noise. r: (B, C, n, n); t: (B,) in [0, 1]."""
     alpha = log_alpha(t, r.shape[-1], config).exp().float()[:, None]
     _, sigma, _ = make_schedule(t, config)
     return alpha * dct(r) / r.shape[-1] + sigma.float()[:, None, None, None] * noise
@@ -176,7 +175,7 @@ def q_sample(r, t, noise, config):
 def predict(model, z, t, context, config):
     """(r, scale, f) in pixels; the loss of x is in units of scale.
 
-    z: (B, C, n, n), its modes over n. context: of LinearGuess.see.
+    z: (B, C, n, n), modes divided by n. context: of LinearGuess.see.
     """
     (h, std, V, seen), n = context, z.shape[-1]
     alpha = log_alpha(t, n, config).exp().float()[:, None]
@@ -210,39 +209,39 @@ def training_loss(model, guess, x_start, t, noise, masks, points, config):
 
 
 def make_sampler(model, shape, config):
-    """sample(seeds, points): z (B, C, m, m) after each reverse step, its modes over m; in the end x
-    on the grid of n = image_size, (B, C, n, n).
+    """sample(seeds, points): z (B, C, n, n) after each reverse step, modes divided by n; in the end
+    x (B, C, size, size), size = image_size.
 
-    shape: (C, m, m), of training. seeds: int64 (B,). points: Points, of values in [-1, 1]. An image
+    shape: (C, n, n), of training. seeds: int64 (B,). points: Points, of values in [-1, 1]. An image
     depends on its own seed and points alone.
     """
-    m, n, steps = shape[-1], config.image_size, config.sample_steps
-    times, alpha, N, c, spread = sampling_table(m, config)
+    n, size, steps = shape[-1], config.image_size, config.sample_steps
+    times, alpha, N, c, spread = sampling_table(n, config)
 
     @graphed  # on a GPU one launch a step, network and all
     def reverse_step(z, step, seeds, *context):
         h, std, V, _ = context
         r, _, _ = predict(model, z, times[step].expand(len(z)), context, config)
         if steps == 1:  # from noise: the posterior mean
-            return dct(r) / m
+            return dct(r) / n
         r = ((h + std * r).clamp(-1, 1) - h) / std
         D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
         g, kept = alpha[step] * V / D_t * z, ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt()
         noise = seeded_normal(seeds, shape, STEP_NOISE, step, steps) if config.eta else 0
-        return kept * z + c[step] * (dct(r) / m - g) + spread[step] * noise
+        return kept * z + c[step] * (dct(r) / n - g) + spread[step] * noise
 
     @torch.no_grad()
     def sample(seeds, points):
         see, as_points = model.guess.see, config.conditioning == "setconv"
-        context = h, std, *_ = once_each(lambda *p: see(Points(*p), n, as_points), *points)
+        context = h, std, *_ = once_each(lambda *p: see(Points(*p), size, as_points), *points)
         z = gp_noise(seeded_normal(seeds, shape), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)
             if step + 1 == steps:
-                z = h + std * idct(z) * m
+                z = h + std * idct(z) * n
                 if config.enforce_observed:
                     z = put_back(z, points, config.length_scale)
-                z = resize(z, n)
+                z = resize(z, size)
             yield z
 
     return sample
@@ -343,7 +342,7 @@ def reconstruct(run, model, images, config, file=None):
 
     def of_points(seeds, x, mask):
         for z in sample(seeds, points_of(x, mask)):
-            yield torch.where(mask, x, z) if exact else z  # to the last bit
+            yield torch.where(mask, x, z) if exact else z  # to the last bit, in the last step
 
     inputs, shape = (truth, cond_mask), (truth.shape[1], size, size)
     draws = draw_each(run, model, of_points, inputs, shape, config, file)

@@ -74,13 +74,13 @@ def resize(x, n):
 
 @functools.cache
 def noise_scale(n, length, device):
-    """Deviations (n, n) of the modes, over n, of noise with the covariance exp(-(r / length)^2)."""
+    """Deviations (n, n) of modes divided by n, of noise with covariance exp(-(r / length)^2)."""
     k = torch.arange(n, dtype=torch.float64)
     spectrum = length * math.pi**0.5 * torch.exp(-((math.pi * k * length) ** 2) / 4)
     return (spectrum[:, None] * spectrum).sqrt().float().to(device)
 
 
 def gp_noise(white, length):
-    """From white noise (B, C, n, n) the modes, over n, of such noise: variance 1 inside the image,
-    if the grid resolves it, 2 at an edge and 4 in a corner."""
+    """Such noise from white noise (B, C, n, n), as modes divided by n. Its variance is 1 inside the
+    image, if the grid resolves it, 2 at an edge and 4 in a corner."""
     return noise_scale(white.shape[-1], length, white.device) * white

@@ -194,12 +194,13 @@ class LinearGuess(nn.Module):
         mean = v.mean((2, 3), keepdim=True)
         return h, (v / mean).clamp(min=LEAST).sqrt(), mean
 
-    def see(self, points, n, as_points=True):
-        """(h, std, V, seen): all that a network is told about points of functions on an n x n grid.
+    def see(self, points, size, as_points=True):
+        """(h, std, V, seen): all that a network is told about points of functions.
 
-        h, std: (B, C, m, m), (B, 1, m, m). V: (B, 1, m, m), of the modes of (x - h) / std. seen: of
-        set_convolution on their grid; or where a network wants pixels, of `rasterize` on n x n.
+        h, std: (B, C, n, n), (B, 1, n, n). V: (B, 1, n, n), of the modes of (x - h) / std. seen: of
+        set_convolution on that grid; or where a network wants pixels, of `rasterize` on that of the
+        image that is wanted, size x size.
         """
         h, std, mean = self.with_std(points)
-        seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, n)
+        seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, size)
         return h, std, self.spectrum * mean, seen

@@ -13,13 +13,13 @@ import torch
 def draw_each(run, model, sample, inputs, shape, config, file=None, parts=1):
     """K draws of each of N images by sample(seeds, *inputs), float (K, N, *shape) in [0, 1].
 
-    inputs: tensors (N, ...), those of an image's draws one after another, see once_each. file,
+    inputs: tensors (N, ...). The draws of an image come one after another, for once_each. file,
     parts: see run.samples and Samples.missing.
     """
     n, depends_on = len(inputs[0]), [*model.state_dict().values(), *inputs]
     count = config.num_draws * n
     samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
-    image_by_image = torch.arange(count, device=config.device).view(-1, n).T.flatten()
+    image_by_image = torch.arange(count, device=config.device).view(config.num_draws, n).T.flatten()
     for jobs in samples.missing(parts, image_by_image):  # of those not there yet this process's
         draw, i = jobs // n, jobs % n
         for x_t in sample(run.seeds((draw << 20) + i), *(x[i] for x in inputs)):
@@ -29,13 +29,12 @@ def draw_each(run, model, sample, inputs, shape, config, file=None, parts=1):
 
 
 def once_each(function, *inputs):
-    """function(*inputs), a tuple of tensors (B, ...) like the inputs, each row a function of its
-    own: computed once where rows repeat the one before, as those of an image's draws do."""
+    """function(*inputs), tensors of which a row depends on that row of the inputs (B, ...) alone:
+    computed once where rows repeat the one before, as those of an image's draws do."""
     if inputs[0].device.type != "cpu":  # it would cost more to wait for the answer
         return function(*inputs)
-    rows = torch.cat([x.flatten(1).float() for x in inputs], dim=1)
-    new = torch.ones_like(rows[:, 0], dtype=torch.bool)
-    new[1:] = (rows[1:] != rows[:-1]).any(1)
+    new = torch.ones(len(inputs[0]), dtype=torch.bool)
+    new[1:] = torch.stack([(x[1:] != x[:-1]).flatten(1).any(1) for x in inputs]).any(0)
     which = new.cumsum(0) - 1
     return [x[which] for x in function(*(x[new] for x in inputs))]
 

@@ -100,8 +100,7 @@ class Samples:
 
     def missing(self, parts=1, order=None):
         """Indices (B,) of batches that are not whole yet, this process's share of them. parts: in
-        which a sample is made, for the progress bar. order: of the indices (n,), if not as they
-        are."""
+        which a sample is made, for the progress bar. order: the indices (n,) in another one."""
         index = torch.arange(self.n, device=self.config.device) if order is None else order
         batches = index.split(self.config.batch_size)
         batches = [i for i in batches if not self.done[i.cpu().numpy()].all()][rank() :: world()]

@@ -85,7 +85,8 @@ def test_noise_has_the_covariance_of_its_kernel(n):
 def test_modes_of_the_noise_are_the_same_on_any_grid():
     coarse, fine = (noise_scale(n, 0.05, "cpu") for n in (32, 64))
     torch.testing.assert_close(fine[:32, :32], coarse)
-    assert fine.square().sum() == pytest.approx(1, abs=0.15)  # the mean variance, with the edges
+    mean = (1 + 0.05 * math.pi**0.5 / 2) ** 2  # of the variance, more at the edges
+    assert fine.square().sum().item() == pytest.approx(mean)
 
 
 def test_schedule_runs_from_image_to_noise():
@@ -271,12 +272,12 @@ def test_the_same_function_on_another_grid(conditioning, n):
         found.append(resize(x, n))
     assert found[0].std() > 0.05
     off = (found[1] - found[0]).norm() / found[0].norm()
-    assert off < 1e-3 if conditioning == "setconv" else off > 5e-3
+    assert off < 1e-6 if conditioning == "setconv" else off > 0.05
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_draws_are_the_same_functions_on_another_grid(eta):
-    """With the observed values put back, which holds on any grid."""
+    """With the observed values put back, which a finer grid shows too."""
     model, _ = small_model()
     points, drawn = scattered(100), {}
     for n in (32, 64):
@@ -400,7 +401,8 @@ def test_loss_and_where_it_is_taken(region, objective):
     alpha, P = alpha[:, None], 1 / V + alpha[:, None] ** 2 / N
     guess = alpha * z / N / P  # float64, by its precision
     residual = script.idct(((modes(r) / 32 - guess) * P.sqrt()).float())
-    goal = {"residual": residual, "x0": r, "eps": script.idct(noise) * 32}[objective]
+    e = (z - alpha * modes(r) / 32) / sigma
+    goal = {"residual": residual, "x0": r, "eps": script.idct(e.float()) * 32}[objective]
     scale = ((1 / P).sum((2, 3), keepdim=True) * std.square().mean()).sqrt()
 
     def loss_of(out):
