@@ -12,6 +12,7 @@ import argparse
 import copy
 import dataclasses
 import inspect
+import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,9 @@ def complete(Config, saved):
     flags, fixed = flags_of(Config).items(), fixed_flags(Config, sampling=False)
     free = {name for name, (_, part) in flags if part != "Training"} - fixed
     values = preset_values(Config, saved.get("preset"))
+    for name in sorted(free - saved.keys()):
+        given = f"is from before --{name.replace('_', '-')}, which is {values[name]} now"
+        print(f"warning: the checkpoint {given}", file=sys.stderr)
     return {name: values[name] for name in free} | saved
 
 

@@ -175,9 +175,9 @@ class Run:
 
     def _check_facts(self, data):
         """A run goes on with the data it was made with, or not at all."""
-        known, facts = self.facts or {}, data.facts | data.fingerprint
+        known, facts = self.facts, data.facts | data.fingerprint
         for name in facts:
-            if name in known and facts[name] != known[name]:
+            if known and facts[name] != known.get(name):
                 other = f"other {name.replace('_', ' ')} than the run was made with"
                 raise UserError(f"--data {data.name}: {other}; bring them back, or start anew")
         self.state["facts"] = facts

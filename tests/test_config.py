@@ -403,7 +403,7 @@ def test_the_size_of_images_is_that_of_the_data(checkpoint):
         read_checkpoint(Sized, Path(checkpoint()), "script")
 
 
-def test_a_checkpoint_from_before_a_free_flag_takes_its_value(checkpoint):
+def test_a_checkpoint_from_before_a_free_flag_takes_its_value(checkpoint, capsys):
     """sweep, sample_steps and log change nothing that is learnt; side and width do."""
     path = checkpoint(preset="full", width=12)
     content = torch.load(path, weights_only=True)
@@ -413,6 +413,9 @@ def test_a_checkpoint_from_before_a_free_flag_takes_its_value(checkpoint):
     config, _ = read("--resume", "--out-dir", "run")
     assert (config.sweep, config.sample_steps, config.width) == ([0, 1], 20, 12)
     assert config.log == "none"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert said[1] == "warning: the checkpoint is from before --sample-steps, which is 20 now"
     del content["config"]["side"]
     torch.save(content, path)
     with pytest.raises(UserError, match=r"\(of another version: side\)"):

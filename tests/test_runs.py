@@ -556,13 +556,16 @@ def test_labels_count_too():
     assert images.hash_of([y[::2]]) == images.hash_of([torch.tensor([0, 2])])
 
 
-def test_a_run_from_before_the_hashes_goes_on(tmp_path):
+def test_a_run_that_does_not_say_what_its_data_were_is_not_resumed(tmp_path, capsys):
     run_tiny(ddpm, tmp_path, "--steps", "2")
-    old = load(tmp_path / "last.pt")
-    facts = {name: old["facts"][name] for name in ("shape", "class_names")}
-    torch.save(old | {"facts": facts}, tmp_path / "last.pt")
-    ddpm.main(["--resume", "--out-dir", str(tmp_path), "--steps", "3"])
-    assert load(tmp_path / "last.pt")["facts"] == old["facts"]
+    whole, path = load(tmp_path / "last.pt"), tmp_path / "last.pt"
+    for fact in ("images", "labels"):
+        facts = {name: x for name, x in whole["facts"].items() if name != fact}
+        torch.save(whole | {"facts": facts}, path)
+        before = path.read_bytes()
+        call = lambda: ddpm.main(["--resume", "--out-dir", str(tmp_path), "--steps", "3"])
+        assert f"other {fact} than the run was made with" in exits_with(1, capsys, call)
+        assert path.read_bytes() == before
 
 
 # -- signals, logs ---------------------------------------------------------------------------------
