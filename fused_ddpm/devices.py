@@ -1,5 +1,7 @@
 """What a device can do."""
 
+import warnings
+
 from fused_ddpm.files import UserError
 
 import torch
@@ -8,7 +10,9 @@ import torch
 def check_device(device):
     """UserError unless a tensor on it can be made and read."""
     try:
-        torch.ones(1, device=device).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch gives up
+            torch.ones(1, device=device).item()
     except Exception as error:  # no driver, a module that is not installed, a name of nothing
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--device {device}: {reason}") from error

@@ -693,6 +693,7 @@ def test_nor_is_a_loss_between_two_reports(tmp_path, monkeypatch):
         (["--device", "cuda:99"], "--device cuda:99: "),
         (["--device", "meta"], "--device meta: "),
         (["--device", "hpu"], "--device hpu: "),
+        (["--device", "mkldnn"], "--device mkldnn: "),
         (["--out-dir", "{here}/" + 300 * "x"], "File name too long"),
         (["--out-dir", "{here}/text.pt/below"], "below: cannot be written"),
     ],
