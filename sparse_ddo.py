@@ -104,7 +104,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 @dataclass
 class Sampling:  # how they are used: free
     image_size: int = flag(32, "side of the grid", within="[4, 4096]", later=False)
-    sample_steps: int = flag(20, "network calls for an image", full=250)
+    sample_steps: int = flag(20, "network calls for an image", full=250, within="[1, 10000]")
     spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", within="[1, 4]")
     eta: float = flag(0.0, "noise of a step: 0 none, 1 the posterior's", within="[0, 1]")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
