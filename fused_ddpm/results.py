@@ -49,7 +49,9 @@ def write_results(run, found, intervals=None, regions=("unseen",)):
         return
     side = found["truth"].shape[-1]
     other = {name: x for name, x in found.items() if x.shape[-1] != side}
-    seen = found | {name: resize(x.flatten(0, -4), side).contiguous() for name, x in other.items()}
+    seen = found | {
+        name: resize(x.flatten(0, -4), side).clamp(0, 1).contiguous() for name, x in other.items()
+    }
     seen["draws"] = seen["draws"].view(*found["draws"].shape[:3], side, side)
     learnt, asked = run.config.sparsity, getattr(run.config, "test_sparsity", None)
     if asked and not learnt[0] <= asked <= learnt[-1]:

@@ -18,7 +18,7 @@ def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path):
     truth, score = torch.rand(3, 1, 8, 8, generator=g), torch.rand(3, 1, 8, 8, generator=g)
     found = {"truth": truth, "cond_mask": score < 0.2, "target_mask": score > 0.7}
     found["draws"], written, said = torch.rand(2, 3, 1, 16, 16, generator=g), {}, []
-    at_truth = resize(found["draws"].flatten(0, 1), 8).view(2, 3, 1, 8, 8)
+    at_truth = resize(found["draws"].flatten(0, 1), 8).clamp(0, 1).view(2, 3, 1, 8, 8)
     config = SimpleNamespace(sparsity=[0.2], test_sparsity=None)
     called = dict(write=written.__setitem__, say=said.append)
     run = SimpleNamespace(leads=True, dir=tmp_path, config=config, **called)
