@@ -308,8 +308,7 @@ def main(argv=None):
             train(run, model, ema, data, config)
             run.write("loss.png", draw_losses(run.history))
 
-        if config.compile:
-            ema.compile()
+        run.prepare(ema)
         n = config.num_samples
         samples, labels = generate(run, ema, n, data, config, file="samples.npy")
         run.write("labels.npy", labels.numpy())

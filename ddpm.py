@@ -295,8 +295,7 @@ def main(argv=None):
             train(run, model, ema, data, config)
             run.write("loss.png", draw_losses(run.history))
 
-        if config.compile:
-            ema.compile()
+        run.prepare(ema)
         n = config.num_samples
         samples = generate(run, ema, n, data, config, file="samples.npy")
         run.write("samples.png", draw_grid(samples[:64]))

@@ -25,7 +25,7 @@ import sparse_ddpm
 from fused_ddpm import posterior_step, seeded_normal
 from fused_ddpm.checkpoints import load_parts
 from fused_ddpm.config import ONCE, flag, make_parser, read_checkpoint
-from fused_ddpm.devices import open_device
+from fused_ddpm.devices import open_device, round_weights
 from fused_ddpm.files import UserError, in_one_line, occupied
 from fused_ddpm.filled import (
     check,
@@ -89,6 +89,8 @@ def load(path, device="auto", amp="auto", **changes):
         load_parts({"ema": model}, checkpoint)
     except ValueError as error:
         raise UserError(f"{path}: of another version of the network; train anew") from error
+    if config.bfloat16:
+        round_weights(model)
     return model, config, Scale(*(facts.get("scale") or []))
 
 

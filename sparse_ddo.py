@@ -378,8 +378,7 @@ def main(argv=None):
             ema.intervals.fit(found, config.sample_steps)
             run.save()  # with the intervals
 
-        if config.compile:
-            ema.compile()
+        run.prepare(ema)
         images = data.test(config.num_samples)
         found = reconstruct(run, ema, images, config, file="draws.npy")
         once, m, on = replace(config, num_draws=1), data.shape[-1], {}

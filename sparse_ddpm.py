@@ -259,8 +259,9 @@ def make_sampler(model, shape, config, parts=None):
             x_t = model.fill.couple(white, seen, state) if parts and most else white
             for step in range(config.sample_steps):
                 x_t = reverse_step(x_t, step, seeds, *context)
-                yield torch.where(state, x_t, whole)
-            whole = torch.where(state, x_t, whole)
+                if step + 1 == config.sample_steps:
+                    x_t = whole = torch.where(state, x_t, whole)
+                yield x_t
 
     return sample
 
@@ -382,8 +383,7 @@ def main(argv=None):
             ema.intervals.fit(found, config.sample_steps)
             run.save()  # with the intervals
 
-        if config.compile:
-            ema.compile()
+        run.prepare(ema)
         test = data.test_part(config.num_samples)
         found = reconstruct(run, ema, test, config, file="draws.npy")
         once = replace(config, sample_steps=1, num_draws=1)  # from noise: the posterior mean

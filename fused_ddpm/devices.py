@@ -5,6 +5,7 @@ import warnings
 from fused_ddpm.files import UserError
 
 import torch
+import torch.nn as nn
 
 
 def check_device(device):
@@ -38,3 +39,10 @@ def multiplies_bfloat16(device):
     features = getattr(torch.cpu, "get_capabilities", dict)()
     has = any(features.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return device == "cpu" and has
+
+
+def round_weights(model):
+    """Those that autocast rounds to bfloat16 in each call, for good: only for sampling."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.bfloat16()

@@ -16,13 +16,24 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+class MirroredConv(nn.Conv2d):
+    """3x3. An image that is mirrored at its edges goes on with its last pixel."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__(in_channels, channels, 3)
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):  # it would copy to float32 for that
+            x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return super().forward(x)
+
+
 class SpectralConv(nn.Module):
     """A matrix for each of the lowest cosine modes, plus a 3x3 convolution for what is local."""
 
     def __init__(self, in_channels, channels, modes, gain=1.0):
         super().__init__()
-        # An image that is mirrored at its edges goes on with its last pixel: that is "replicate".
-        self.local = nn.Conv2d(in_channels, channels, 3, padding=1, padding_mode="replicate")
+        self.local = MirroredConv(in_channels, channels)
         # Half of the variance through either path, where the input is smooth: a function's few
         # modes hold most of it.
         nn.init.normal_(self.local.weight, std=gain * (0.5 / in_channels / 9) ** 0.5)
@@ -37,7 +48,8 @@ class SpectralConv(nn.Module):
             h = along_both(waves, x.float()).flatten(2).permute(2, 0, 1)  # (modes^2, B, in)
             h = h @ self.weight.flatten(2).permute(2, 1, 0)  # (modes^2, B, out)
             h = along_both(waves.T, h.permute(1, 2, 0).unflatten(2, (modes, modes)))
-        return self.local(x) + h
+        x = self.local(x)
+        return x + h.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -79,7 +91,6 @@ class FnoUnet(nn.Module):
             blocks = (Block(width, dims[level], emb_dim, modes[level]) for width in widths)
             return nn.ModuleList(blocks)
 
-        mirrored = dict(kernel_size=3, padding=1, padding_mode="replicate")
         self.time = TimeEmbedding(emb_dim)
         self.encoder, features = nn.Identity(), channels + 1
         if config.conditioning == "setconv":
@@ -87,20 +98,19 @@ class FnoUnet(nn.Module):
         elif config.conditioning == "encoder":
             layers = []
             for width in (channels + 1, 32, 32):
-                conv = nn.Conv2d(width, 32, **mirrored)
-                layers += [conv, NormSilu(32)]
+                layers += [MirroredConv(width, 32), NormSilu(32)]
             self.encoder, features = nn.Sequential(*layers), 32
-        self.lift = nn.Conv2d(in_channels + features + 2, dims[0], **mirrored)
+        self.lift = MirroredConv(in_channels + features + 2, dims[0])
         self.down, self.narrow = nn.ModuleList(), nn.ModuleList()
         self.widen, self.up = nn.ModuleList(), nn.ModuleList()
         for level in range(len(dims) - 1):
             here, below = dims[level], dims[level + 1]
             self.down.append(stage(level, here))
-            self.widen.append(nn.Conv2d(4 * here, below, 1))  # after space-to-depth
+            self.widen.append(nn.Conv2d(here, below, 2, stride=2))
             self.narrow.append(nn.Conv2d(below, here, 1))
             self.up.append(stage(level, 2 * here))
         self.mid = stage(len(dims) - 1, dims[-1])
-        last = zero(nn.Conv2d(dims[0], channels, **mirrored))
+        last = zero(MirroredConv(dims[0], channels))
         self.out = nn.Sequential(NormSilu(dims[0]), last)
 
     def forward(self, x, t, seen):
@@ -115,12 +125,13 @@ class FnoUnet(nn.Module):
             for block in blocks:
                 x = block(x, emb)
             skips.append(x)
-            x = widen(F.pixel_unshuffle(x, 2))
+            x = widen(x)
         for block in self.mid:
             x = block(x, emb)
         for blocks, narrow in zip(reversed(self.up), reversed(self.narrow), strict=True):
             skip = skips.pop()
-            x = torch.cat([resize(narrow(x), skip.shape[-1]), skip], dim=1)
+            x = resize(narrow(x), skip.shape[-1]).to(skip.dtype)
+            x = torch.cat([x, skip], dim=1)
             for block in blocks:
                 x = block(x, emb)
         return resize(self.out(x), n)

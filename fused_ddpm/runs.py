@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fused_ddpm.checkpoints import FORMAT, load_parts
 from fused_ddpm.config import read_command_line
-from fused_ddpm.devices import open_device
+from fused_ddpm.devices import open_device, round_weights
 from fused_ddpm.files import UserError, in_one_line, occupy, write
 from fused_ddpm.images import DataError
 from fused_ddpm.ops import status
@@ -223,6 +223,13 @@ class Run:
         if world() > 1:  # buffers are the same everywhere, and large
             network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         return torch.compile(network) if self.config.compile else network
+
+    def prepare(self, model):
+        """Make a model ready for sampling, for good: nothing is trained or saved after that."""
+        if self.config.bfloat16:
+            round_weights(model)
+        if self.config.compile:
+            model.compile()
 
     # -- training ----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import cfg_ddpm
 import ddpm
 import sparse_ddpm
 from fused_ddpm.config import preset_values
+from fused_ddpm.devices import round_weights
 from fused_ddpm.unet import (
     Attention,
     GroupNorm,
@@ -18,6 +19,7 @@ from fused_ddpm.unet import (
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import away_from_zero, make_config
 
 CLASSES = 4
@@ -129,6 +131,24 @@ def test_heads_attend_each_to_its_own_channels():
         heads.append(torch.einsum("bij,bcj->bci", weights, v[:, part]))
     mixed = torch.cat(heads, dim=1).view(2, 128, 3, 4)
     torch.testing.assert_close(block(x, None), x + block.out(mixed))
+
+
+def test_attention_in_bfloat16_is_the_same_formula():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 12, 64).bfloat16()
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    torch.testing.assert_close(Attention(128).mix(q, k, v).float(), expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("classes", [0, CLASSES])
+def test_rounding_the_weights_for_good_changes_nothing_in_bfloat16(classes):
+    net, x = small_unet(classes, linear_attention=True), torch.randn(3, 3, 16, 16)
+    kept = net.out[0].weight.dtype
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = net(x, torch.arange(3))
+        round_weights(net)
+        assert torch.equal(net(x, torch.arange(3)), before)
+    assert net.stem.weight.dtype == torch.bfloat16 and net.out[0].weight.dtype == kept
 
 
 # -- times and classes -----------------------------------------------------------------------------
