@@ -188,8 +188,7 @@ def run(config):
             raise UserError(f"{what}: only {len(images)}; at least {FEWEST} are needed")
     names, few = class_names(name), len(class_names(name)) < 2
     if few and config.features == "classifier":
-        cure = "no classes to train the classifier on; use --features efficientnet_lite0"
-        raise UserError(f"--data {name}: has {cure}")
+        raise UserError(f"--data {name}: has no classes; use --features efficientnet_lite0")
     labels = Path(config.labels) if config.labels else path.with_name("labels.npy")
     asked = config.labels or (labels.exists() and not few)
     labels = read_labels(labels, len(samples), len(names)) if asked else None
@@ -207,7 +206,7 @@ def run(config):
     columns = {}
     for column, images, truth in ("floor", test[0][:n], test[1][:n]), ("samples", samples, labels):
         features = extract(network, images, device, column)
-        figures = compare(features, real, title)
+        figures = columns[column] = compare(features, real, title)
         apart, index = nearest_images(images, training[0], device)
         if column == "floor":
             near = apart[:, 0].quantile(0.01)
@@ -222,18 +221,16 @@ def run(config):
             if labels is not None:
                 right = (classes == truth).double().mean().item()
                 figures["class accuracy"] = (right, None, len(training[0]))
-        columns[column] = figures
 
     chosen = torch.cat([torch.arange(8), apart[:, 0].argsort()[:8]])  # samples: first and nearest
     page = {"sample": samples[chosen]}
     for k, head in enumerate(("nearest", "second", "third")):
         page[head] = training[0][index[chosen, k]]
-    picture = draw_columns(page, [f"{apart[i, 0]:.1f}" for i in chosen])
     for column, figures in columns.items():
         keys = ("value", "standard_error", "num_training")
         about[column] = {k: dict(zip(keys, v, strict=True)) for k, v in figures.items()}
     write(out_dir / "metrics.json", about)
-    write(out_dir / "neighbours.png", picture)
+    write(out_dir / "neighbours.png", draw_columns(page, [f"{apart[i, 0]:.1f}" for i in chosen]))
     print(table(columns, (f"{len(samples)} samples", f"{n} test images")))
     print(f"metrics.json and neighbours.png are in {out_dir}/")
 
@@ -244,8 +241,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted")
     except Exception as error:
-        line = in_one_line(error)
-        if line is None:
+        if (line := in_one_line(error)) is None:
             raise
         sys.exit(f"evaluate.py: error: {line}")
 

@@ -60,7 +60,10 @@ def spread_over_skill(draws, truth, where):
 
 
 def rank_histogram(draws, truth, where):
-    """How often the truth has rank 0..K among the draws, shares (K + 1,); ties are split evenly."""
+    """How often the truth has rank 0..K among the draws, shares (K + 1,): 1 / (K + 1) each, if it
+    could be one of them. In grey levels, as files have it; ties, as of plain black, are split
+    evenly (Hamill 2001)."""
+    draws, truth = ((255 * x).round() for x in (draws, truth))
     where, k = where.expand_as(truth), len(draws)
     below = (draws < truth).sum(0)[where]
     ties = (draws == truth).sum(0)[where]
@@ -70,12 +73,6 @@ def rank_histogram(draws, truth, where):
         for step in range(t + 1):
             histogram += torch.bincount(rank + step, minlength=k + 1)[: k + 1] * share
     return (histogram / histogram.sum()).tolist()
-
-
-def within(draws, truth, where):
-    """How often the truth lies within the draws: (K - 1) / (K + 1) for exchangeable ones."""
-    inside = (draws.amin(0) <= truth) & (truth <= draws.amax(0))
-    return inside[where.expand_as(truth)].float().mean().item()
 
 
 class Intervals(nn.Module):
@@ -135,13 +132,13 @@ def sorted_at(values, share):
 
 def calibration(draws, truth, where, intervals=None):
     """By name: how far K draws are from draws of the posterior, over `where`."""
-    k = len(draws)
+    k, ranks = len(draws), rank_histogram(draws, truth, where)
     found = {
         "crps": crps(draws, truth, where),
         "spread_over_skill": spread_over_skill(draws, truth, where),
-        "within_draws": within(draws, truth, where),
+        "within_draws": sum(ranks[1:-1]),
         "within_draws_expected": (k - 1) / (k + 1),
-        "rank_histogram": rank_histogram(draws, truth, where),
+        "rank_histogram": ranks,
     }
     for level in Intervals.LEVELS if intervals else []:
         found[f"interval_{level:.0%}"] = intervals.coverage(draws, truth, where, level)

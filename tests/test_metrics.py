@@ -172,6 +172,17 @@ def test_draws_of_the_posterior_are_calibrated(k):
     assert c["rank_histogram"] == pytest.approx([1 / (k + 1)] * (k + 1), abs=0.01)
 
 
+def test_ranks_of_images_that_are_mostly_black():
+    """Clipped and rounded as in a file, where a float draw would often be just above the truth."""
+    draws, truth, where = exchangeable(8, n=8)
+    draws, truth = ((x - 1.2).clamp(0, 1) for x in (draws, truth))
+    truth = (255 * truth).round() / 255
+    assert 0.4 < (truth == 0).float().mean() < 0.9
+    ranks = rank_histogram(draws, truth, where)
+    assert ranks == pytest.approx([1 / 9] * 9, abs=0.01)
+    assert calibration(draws, truth, where)["within_draws"] == pytest.approx(7 / 9, abs=0.01)
+
+
 def test_narrow_and_wide_draws_show():
     for scale, low in [(0.5, True), (2.0, False)]:
         c = calibration(*exchangeable(8, scale=scale))
