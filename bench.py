@@ -233,9 +233,17 @@ def count_flops(call):
 
 
 def watch_sampler(script, clock):
-    """Note seconds of whole samples; the second time also (model, config, sample, its inputs)."""
-    make = script.make_sampler
+    """Note seconds of whole samples; the second time also (model, config, sample, its inputs).
+    Of samples of a model that is ready for it, as in use; not those made while training."""
+    make, prepare = script.make_sampler, script.Run.prepare
     clock.seconds["sample"], clock.starts["sample"] = [], []
+
+    def prepare_watched(run, model):
+        prepare(run, model)
+        for times in (clock.seconds, clock.starts):
+            times["sample"].clear()
+
+    script.Run.prepare = prepare_watched
 
     def make_watched(model, shape, config, *parts):
         sample = make(model, shape, config, *parts)
@@ -769,6 +777,7 @@ def bench_fill(args, job):
         if args.checkpoint:
             model = script.make_model(data.shape, config, len(data.class_names)).eval()
             run.restore(ema=model)
+            run.prepare(model)
             draw = lambda config: script.reconstruct(run, model, shown, config)["draws"]
             once, seconds = timed(lambda: draw(replace(config, sample_steps=1, num_draws=1)))
             add("sparse_ddpm.py, one call", once[0], seconds)

@@ -73,6 +73,7 @@ def load(path, device="auto", amp="auto", **changes):
     """(model, config, scale) of a checkpoint of sparse_ddpm.py.
 
     changes: of its configuration. scale: between the units of files and [-1, 1]. Raises UserError.
+    The model is for `sample`: where it computes in bfloat16, its weights are so, too.
     """
     checkpoint = read_checkpoint(sparse_ddpm.Config, Path(path), "sparse_ddpm")
     if device == "auto":

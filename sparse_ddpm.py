@@ -230,8 +230,8 @@ def training_loss(model, fill, x_start, t, noise, masks, labels, alphas_cumprod,
 
 
 def make_sampler(model, shape, config, parts=None):
-    """sample(seeds, cond, cond_mask, labels): x_t (B, *shape) after each reverse step, in the end
-    images, each a function of its own seed, pixels, mask and label alone.
+    """sample(seeds, cond, cond_mask, labels): x_t (B, *shape) after each reverse step, of the part
+    at hand; in the end images, each a function of its own seed, pixels, mask and label alone.
 
     seeds, labels: int64 (B,). cond: (B, *shape), 0 outside cond_mask (B, 1, H, W). parts: in how
     many the unseen pixels are drawn, each seeing what training could have seen; None: at once.

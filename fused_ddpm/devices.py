@@ -42,7 +42,10 @@ def multiplies_bfloat16(device):
 
 
 def round_weights(model):
-    """Those that autocast rounds to bfloat16 in each call, for good: only for sampling."""
+    """Round to bfloat16, for good, the weights that autocast would round in each call.
+
+    For sampling only, and from then on only under autocast.
+    """
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.bfloat16()

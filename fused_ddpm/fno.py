@@ -23,7 +23,7 @@ class MirroredConv(nn.Conv2d):
         super().__init__(in_channels, channels, 3)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # it would copy to float32 for that
+        with torch.autocast(x.device.type, enabled=False):  # on a CPU it would pad in float32
             x = F.pad(x, (1, 1, 1, 1), mode="replicate")
         return super().forward(x)
 

@@ -61,9 +61,11 @@ def spread_over_skill(draws, truth, where):
 
 def rank_histogram(draws, truth, where):
     """How often the truth has rank 0..K among the draws, shares (K + 1,): 1 / (K + 1) each, if it
-    could be one of them. In grey levels, as files have it; ties, as of plain black, are split
-    evenly (Hamill 2001)."""
-    draws, truth = ((255 * x).round() for x in (draws, truth))
+    could be one of them. Where the truth is in 8 bits so are the draws, and ties, as of plain
+    black, are split evenly (Hamill 2001)."""
+    levels = (255 * truth).round()
+    if (255 * truth - levels).abs().max() < 0.01:
+        draws, truth = (255 * draws).round(), levels
     where, k = where.expand_as(truth), len(draws)
     below = (draws < truth).sum(0)[where]
     ties = (draws == truth).sum(0)[where]
