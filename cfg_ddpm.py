@@ -56,7 +56,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     flip: bool = flag(False, "mirror half of the training images", full=True)
     dropout: float = flag(0.0, "inside the residual blocks", full=0.1, within="[0, 1)")
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
-    steps: int | None = flag(5000, "optimizer steps", full=None, later=True)
+    steps: int | None = flag(6500, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=500, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
     optimizer: str = flag("muon", "see optimizer.py", ["muon", "adam"], full="adam")
