@@ -158,7 +158,7 @@ def draw_ranks(metrics):
             ranks = metrics[name]["rank_histogram"]
             axis.step(range(len(ranks)), ranks, where="mid", label=name)
             axis.axhline(1 / len(ranks), color="grey", linewidth=0.5)
-    axis.set(xlabel="draws below the truth", ylabel="share of the unseen pixels")
+    axis.set(xlabel="draws below the truth", ylabel="share of the unseen pixels", ylim=(0, None))
     axis.legend()
     return figure
 
