@@ -76,7 +76,7 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
     def mix(self, q, k, v):
-        if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > 1024:
+        if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > 256:
             return F.scaled_dot_product_attention(q, k, v)
         # Twice as fast as the fused one on a CPU, for more memory.
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
