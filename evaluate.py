@@ -188,7 +188,8 @@ def run(config):
             raise UserError(f"{what}: only {len(images)}; at least {FEWEST} are needed")
     names, few = class_names(name), len(class_names(name)) < 2
     if few and config.features == "classifier":
-        raise UserError(f"--data {name}: has no classes; use --features efficientnet_lite0")
+        cure = "no classes to train the classifier on; use --features efficientnet_lite0"
+        raise UserError(f"--data {name}: has {cure}")
     labels = Path(config.labels) if config.labels else path.with_name("labels.npy")
     asked = config.labels or (labels.exists() and not few)
     labels = read_labels(labels, len(samples), len(names)) if asked else None
@@ -223,9 +224,8 @@ def run(config):
                 figures["class accuracy"] = (right, None, len(training[0]))
 
     chosen = torch.cat([torch.arange(8), apart[:, 0].argsort()[:8]])  # samples: first and nearest
-    page = {"sample": samples[chosen]}
-    for k, head in enumerate(("nearest", "second", "third")):
-        page[head] = training[0][index[chosen, k]]
+    heads = enumerate(("nearest", "second", "third"))
+    page = {"sample": samples[chosen]} | {h: training[0][index[chosen, k]] for k, h in heads}
     for column, figures in columns.items():
         keys = ("value", "standard_error", "num_training")
         about[column] = {k: dict(zip(keys, v, strict=True)) for k, v in figures.items()}

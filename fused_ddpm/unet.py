@@ -13,7 +13,7 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, channels):
         super().__init__(math.gcd(8, channels), channels)
 
-    def forward(self, x):  # of two types it can be five times as slow on a CPU
+    def forward(self, x):  # bfloat16 x and float32 weights can take five times as long on a CPU
         return super().forward(x.to(self.weight.dtype))
 
 

@@ -220,7 +220,7 @@ def test_bad_input(tmp_path, quick, capsys):
     for i in range(200):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(photos / f"{i}.png")
     plain = message(good, "--data", photos)
-    assert "has no classes; use --features efficientnet_lite0" in plain
+    assert "no classes to train the classifier on; use --features efficientnet_lite0" in plain
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for i in range(3):
