@@ -1,7 +1,7 @@
-"""Denoising diffusion (DDPM, Ho et al. 2020): learn to undo a little noise, then make images of it.
+"""Denoising diffusion (DDPM, Ho et al. 2020): learn to undo a little noise, then make images.
 
 Forward: a fixed process adds noise in T steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise.
-All steps up to t are one step (Eq. 4), with a_t = alphas_cumprod[t], the product of the 1 - beta:
+All steps up to t are one (Eq. 4). With a_t the product of their 1 - beta (alphas_cumprod[t - 1]):
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise
 
@@ -39,7 +39,7 @@ import torch
 import torch.nn as nn
 
 # --------------------------------------------------------------------------------------------------
-# Config: a field is a flag. The first value suits two CPU cores, full= is the paper's, for a GPU.
+# Config: a field is a flag. The first value suits two CPU cores, full= follows the paper.
 
 
 @dataclass
@@ -97,7 +97,7 @@ def make_schedule(name, T):
     """alphas_cumprod, float64 (T,), call it a: q(x_t | x_0) = N(sqrt(a_t) x_0, 1 - a_t).
 
     linear: Ho et al. 2020. cosine: Nichol & Dhariwal 2021, Eq. 17. sigmoid: beta along a sigmoid
-    between linear's ends. Linear and sigmoid are meant for T = 1000: else keep the sum of beta.
+    between linear's ends. Linear and sigmoid are meant for T = 1000: for any other beta is scaled.
     """
     if name == "cosine":
         t = torch.arange(T + 1, dtype=torch.float64) / T
@@ -120,20 +120,20 @@ def x0_from_output(objective, at):
     return torch.zeros_like(at), torch.ones_like(at)  # x0
 
 
-def reverse_mean_and_noise(at, a_s, config):
-    """(a, b, s) such that x_s = a x0_hat + b x_t + s z, z ~ N(0, I), for a step from t to s < t."""
-    alpha = at / a_s  # of the whole step; for s = t - 1 it is 1 - beta_t
-    variance = (1 - a_s) / (1 - at) * (1 - alpha)  # of the posterior
+def reverse_mean_and_noise(at, a_prev, config):
+    """(a, b, s): x_prev = a x0_hat + b x_t + s z. at, a_prev: alphas_cumprod of t and prev."""
+    alpha = at / a_prev  # of the whole step; of a single one it is 1 - beta_t
+    variance = (1 - a_prev) / (1 - at) * (1 - alpha)  # of the posterior
     if config.sampler == "ddpm":  # Ho et al. 2020, Eq. 7
-        a = a_s.sqrt() * (1 - alpha) / (1 - at)  # posterior_mean_coef1, of x_start
-        b = alpha.sqrt() * (1 - a_s) / (1 - at)  # posterior_mean_coef2, of x_t
+        a = a_prev.sqrt() * (1 - alpha) / (1 - at)  # posterior_mean_coef1, of x_start
+        b = alpha.sqrt() * (1 - a_prev) / (1 - at)  # posterior_mean_coef2, of x_t
         if config.variance == "large":
-            variance = (1 - alpha) * (a_s < 1)  # beta, but no noise in the last step
+            variance = (1 - alpha) * (a_prev < 1)  # beta, but no noise in the last step
         return a, b, variance.sqrt()
-    # Song et al. 2021, Eq. 12 and 16: sqrt(a_s) x0_hat + sqrt(1 - a_s - s^2) eps_hat + s z
+    # Song et al. 2021, Eq. 12 and 16: sqrt(a_prev) x0_hat + sqrt(1 - a_prev - s^2) eps_hat + s z
     s = config.eta * variance.sqrt()
-    b = (1 - a_s - s**2).clamp(min=0).sqrt() / (1 - at).sqrt()
-    return a_s.sqrt() - b * at.sqrt(), b, s
+    b = (1 - a_prev - s**2).clamp(min=0).sqrt() / (1 - at).sqrt()
+    return a_prev.sqrt() - b * at.sqrt(), b, s
 
 
 def sampling_table(config):
@@ -145,8 +145,8 @@ def sampling_table(config):
     times = torch.linspace(1, 0, config.sample_steps, dtype=torch.float64) ** config.spacing
     timesteps = (first * times).round().long()
     at = alphas_cumprod[timesteps]
-    a_s = torch.cat([at[1:], torch.ones_like(at[:1])])  # the last step ends at the clean image
-    rows = x0_from_output(config.objective, at) + reverse_mean_and_noise(at, a_s, config)
+    a_prev = torch.cat([at[1:], torch.ones_like(at[:1])])  # the last step ends at the clean image
+    rows = x0_from_output(config.objective, at) + reverse_mean_and_noise(at, a_prev, config)
     return timesteps.to(config.device), torch.stack(rows, dim=1).float().to(config.device)
 
 

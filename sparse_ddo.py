@@ -5,13 +5,14 @@ function: 10% of the pixels, or any places. State, noise and network are functio
 modes, and only the result is put on a grid: what is learnt at 32x32 reconstructs at 48x48 or 64x64.
 
 The points alone give the best linear guess h by the covariance of the training images (kriging; see
-points.py), off by a variance v(u) at a place u. What diffuses is what they leave open, made as much
-at any place: r = (x - h) / std, std^2 = v / mean v. In the orthonormal cosine transform (DCT), mode
-k = (k1, k2), integers, with t from 0 to 1:
+points.py), off by a variance v(u) at a place u. What diffuses is what they leave open, scaled so
+that its variance is the same at every place: r = (x - h) / std, std^2 = v / mean v. In the
+orthonormal cosine transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
 
     z_t = alpha_k(t) r + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)       blurred and noisy
     a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it is 10 to -10
-    e: a Gaussian process with covariance exp(-(r / l)^2), mirrored at the edges
+    s = s_min + (s_max - s_min) sin^2(pi t / 2),    the width of the blur
+    e: a Gaussian process with covariance exp(-(d / l)^2) at a distance d, mirrored at the edges
 
 e is no white noise, which is no function; its variance is 1 inside, 2 at an edge, 4 in a corner.
 The blur is a Gaussian of s / pi image widths (Hoogeboom & Salimans 2022, arXiv 2209.05557).

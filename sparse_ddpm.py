@@ -5,10 +5,10 @@ each training image, m_c (conditioning) and m_t (target), shared by all channels
 
     loss = sum w (x0_hat - x_0)^2 P / sum w,    w = m_t + 0.05 m_c
 
-What the network f predicts is the residual to the best linear guess (preconditioning, Karras et al.
-2022, with a mean). The seen pixels alone give a guess h by the covariance of the training images
-(kriging), off by a variance v; x_t / sqrt(a_t) is off by (1 - a_t) / a_t. Weighted by their
-precisions they give the guess g, of precision P:
+What the network f predicts is the residual to a linear guess (preconditioning, Karras et al. 2022,
+with a mean). The seen pixels alone give the best one, h, by the covariance of the training images
+(kriging), off by a variance v; x_t / sqrt(a_t) is off by (1 - a_t) / a_t. Pixel by pixel they are
+weighted by their precisions to a guess g, of precision P:
 
     P = 1 / v + a_t / (1 - a_t),    g = (h / v + x_t sqrt(a_t) / (1 - a_t)) / P
     x0_hat = g + f / sqrt(P)        so that f has to have variance 1 or so at every t
@@ -17,12 +17,13 @@ K draws from different noise differ on the unseen pixels: their mean has the lea
 spread says where the network is guessing. One call from pure noise is the posterior mean at once.
 
 x_t is made from all pixels: so far this is training on complete images with a masked loss. With
---observed-only x_t is on the target pixels alone; the minimiser is E[x_target | x_t, x_seen] all
-the same, and a pixel that is neither seen nor a target is never read, and need not exist. Sampling
-cuts the unseen pixels into parts as large, each drawn by itself, from noise that is coupled.
+--observed-only x_t is on the target pixels alone; a pixel in neither mask is never read, and need
+not exist. The minimiser is E[x_target | x_t, x_seen] all the same, unless what is missing depends
+on the content. Sampling cuts the unseen pixels into parts of the target's size, each drawn by
+itself, from noises such that the parts fit together.
 
     python sparse_ddpm.py --sparsity 0.2                         # train, reconstruct, draw
-    python sparse_ddpm.py --observed-only 0.4                    # of each image 60% is never read
+    python sparse_ddpm.py --observed-only 0.4 --out-dir out/part # of each image 60% is never read
     python sparse_ddpm.py --sample out/sparse_ddpm/last.pt --num-draws 16 --out-dir out/more
 
 Measured: the first command, on Fashion-MNIST, takes 6 minutes on two cores of a Xeon. On 256 test
@@ -51,7 +52,7 @@ import torch
 import torch.nn as nn
 
 # --------------------------------------------------------------------------------------------------
-# Config: a field is a flag. The first value suits two CPU cores, full= is the paper's, for a GPU.
+# Config: a field is a flag. The first value suits two CPU cores, full= is for a GPU.
 
 
 @dataclass
@@ -127,7 +128,7 @@ def make_schedule(name, T):
     """alphas_cumprod, float64 (T,), call it a: q(x_t | x_0) = N(sqrt(a_t) x_0, 1 - a_t).
 
     linear: Ho et al. 2020. cosine: Nichol & Dhariwal 2021, Eq. 17. sigmoid: beta along a sigmoid
-    between linear's ends. Linear and sigmoid are meant for T = 1000: else keep the sum of beta.
+    between linear's ends. Linear and sigmoid are meant for T = 1000: for any other beta is scaled.
     """
     if name == "cosine":
         t = torch.arange(T + 1, dtype=torch.float64) / T
@@ -150,20 +151,20 @@ def x0_from_output(objective, at):
     return torch.zeros_like(at), torch.ones_like(at)  # x0
 
 
-def reverse_mean_and_noise(at, a_s, config):
-    """(a, b, s) such that x_s = a x0_hat + b x_t + s z, z ~ N(0, I), for a step from t to s < t."""
-    alpha = at / a_s  # of the whole step; for s = t - 1 it is 1 - beta_t
-    variance = (1 - a_s) / (1 - at) * (1 - alpha)  # of the posterior
+def reverse_mean_and_noise(at, a_prev, config):
+    """(a, b, s): x_prev = a x0_hat + b x_t + s z. at, a_prev: alphas_cumprod of t and prev."""
+    alpha = at / a_prev  # of the whole step; of a single one it is 1 - beta_t
+    variance = (1 - a_prev) / (1 - at) * (1 - alpha)  # of the posterior
     if config.sampler == "ddpm":  # Ho et al. 2020, Eq. 7
-        a = a_s.sqrt() * (1 - alpha) / (1 - at)  # posterior_mean_coef1, of x_start
-        b = alpha.sqrt() * (1 - a_s) / (1 - at)  # posterior_mean_coef2, of x_t
+        a = a_prev.sqrt() * (1 - alpha) / (1 - at)  # posterior_mean_coef1, of x_start
+        b = alpha.sqrt() * (1 - a_prev) / (1 - at)  # posterior_mean_coef2, of x_t
         if config.variance == "large":
-            variance = (1 - alpha) * (a_s < 1)  # beta, but no noise in the last step
+            variance = (1 - alpha) * (a_prev < 1)  # beta, but no noise in the last step
         return a, b, variance.sqrt()
-    # Song et al. 2021, Eq. 12 and 16: sqrt(a_s) x0_hat + sqrt(1 - a_s - s^2) eps_hat + s z
+    # Song et al. 2021, Eq. 12 and 16: sqrt(a_prev) x0_hat + sqrt(1 - a_prev - s^2) eps_hat + s z
     s = config.eta * variance.sqrt()
-    b = (1 - a_s - s**2).clamp(min=0).sqrt() / (1 - at).sqrt()
-    return a_s.sqrt() - b * at.sqrt(), b, s
+    b = (1 - a_prev - s**2).clamp(min=0).sqrt() / (1 - at).sqrt()
+    return a_prev.sqrt() - b * at.sqrt(), b, s
 
 
 def sampling_table(config):
@@ -175,8 +176,8 @@ def sampling_table(config):
     times = torch.linspace(1, 0, config.sample_steps, dtype=torch.float64) ** config.spacing
     timesteps = (first * times).round().long()
     at = alphas_cumprod[timesteps]
-    a_s = torch.cat([at[1:], torch.ones_like(at[:1])])  # the last step ends at the clean image
-    rows = x0_from_output(config.objective, at) + reverse_mean_and_noise(at, a_s, config)
+    a_prev = torch.cat([at[1:], torch.ones_like(at[:1])])  # the last step ends at the clean image
+    rows = x0_from_output(config.objective, at) + reverse_mean_and_noise(at, a_prev, config)
     return timesteps.to(config.device), torch.stack(rows, dim=1).float().to(config.device)
 
 
@@ -193,7 +194,7 @@ def q_sample(x_start, t, noise, alphas_cumprod):
 def predict(model, x_t, t, context, alphas_cumprod, config):
     """(x0_hat, scale): x0_hat = known + k f, whatever the objective; the loss is in units of scale.
 
-    context: LinearFill's, and labels (B,) if the class is known. x_t is read where state is set.
+    context: of LinearFill (x_t is read where its mask state is set), and labels (B,) if known.
     """
     cond, seen, state, filled, variance, *labels = context
     a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -204,7 +205,7 @@ def predict(model, x_t, t, context, alphas_cumprod, config):
         precision = 1 / variance + state / noise
         x = known = filled + news / noise / precision
         k = precision.rsqrt()
-        # k, but where v is tiny: there the loss would be made of a few surprising pixels.
+        # k, but where v is tiny: there a few surprising pixels would make up the loss.
         scale = (1 / variance.clamp(min=3e-3) + state / noise).rsqrt()
     else:
         k_x, k = (number.float() for number in x0_from_output(config.objective, a_t))
@@ -218,8 +219,7 @@ def predict(model, x_t, t, context, alphas_cumprod, config):
 
 
 def training_loss(model, fill, x_start, t, noise, masks, labels, alphas_cumprod, config):
-    """The masked loss, see make_masks, of a batch (B, C, H, W) in [-1, 1]; in units of scale that
-    of f itself: for eps of the noise, for v of the velocity."""
+    """Of a batch (B, C, H, W) in [-1, 1], on masks of make_masks, in units of predict's scale."""
     cond_mask, target_mask = masks
     x_t = q_sample(x_start, t, noise, alphas_cumprod)
     state = target_mask if config.observed_only else torch.ones_like(cond_mask)
@@ -310,7 +310,7 @@ def train(run, model, ema, data, config):
         part, own = data.train[index], run.seeds(index)  # the image's, in every epoch
         mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
         x_start, masks, _ = mask_images(part, own, mask_epoch, config)
-        # As in sampling most steps are near 0: far from it x_t says little that is not seen.
+        # As with --spacing 2 most are near 0: far from it x_t says little that is not seen.
         t = (config.num_timesteps * seeded_uniform(keys, TIMESTEP) ** 2).long()
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:

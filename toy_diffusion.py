@@ -16,13 +16,13 @@ down the amounts 1, 1 - 1/n, ..., 1/n to 0. Two ways to take the i-th, from 0:
 Moving keeps the noise it began with. In many small steps it follows a flow from noise to the data
 (Liu et al. 2022, rectified flow); in five it takes averages for images, which come out smoother,
 and what was mistaken for texture early on stays. Fresh noise lets later steps mend earlier ones:
-clean garments even from a small network, but on from averages however many steps there are. How
-much to move, how much noise to add and how to tell the network where it stands, so that samples
-have the statistics of the data, is what ddpm.py is about.
+clean garments even from a small network, but each step goes on from an average, so that more steps
+do not bring back the variety of the data. How much to move, how much noise to add and how to tell
+the network where it stands, so that samples have its statistics, is what ddpm.py is about.
 
     python toy_diffusion.py                              # train and sample, into out/toy_diffusion/
     python toy_diffusion.py --sampler move --sample-steps 5 --out-dir out/toy_moving
-    python toy_diffusion.py --data path/to/photos --steps 10000
+    python toy_diffusion.py --data path/to/photos --steps 10000 --out-dir out/toy_photos
 
 Measured: the first command, on Fashion-MNIST, takes 2 min 40 s on two cores of a 2.6 GHz Xeon.
 """
@@ -232,6 +232,7 @@ def run(config):
     history = train(config, model, images, test[:256])
     about = {"script": "toy_diffusion", "config": asdict(config)}
     write(out_dir / "last.pt", about | {"model": model.state_dict()})
+    write(out_dir / "config.json", about["config"])
     write(out_dir / "history.json", history)
     write(out_dir / "loss.png", draw_losses(history))
     draw_pictures(model, test, out_dir)

@@ -199,6 +199,8 @@ class Run:
         self.folder, config = occupy(self.dir), self.config
         there = (self.dir / "last.pt").exists()
         if config.sample:
+            if not there:  # what was sampled, and for evaluate.py of what data
+                self.write("config.json", asdict(config))
             return self.tracker.start(self)
         if not self.checkpoint:
             if there and not config.overwrite:  # it was not, when this run began

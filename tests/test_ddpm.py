@@ -423,7 +423,8 @@ def test_a_run_learns_and_writes_everything(tmp_path):
     torch.save(changed, tmp_path / "copy.pt")
     script.main(["--sample", str(tmp_path / "copy.pt"), "--out-dir", str(tmp_path / "again")])
     assert np.array_equal(np.load(tmp_path / "again/samples.npy"), samples)
-    assert {p.name for p in (tmp_path / "again").iterdir()} == {"samples.npy", "samples.png"}
+    files = {p.name for p in (tmp_path / "again").iterdir()}
+    assert files == {"config.json", "samples.npy", "samples.png"}
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_interrupted_sampling_goes_on_where_it_stopped(script, tmp_path, monkeyp
     with pytest.raises(SystemExit, match="interrupted"):
         script.main([*flags, str(tmp_path / "parts")])
     names = {path.name for path in (tmp_path / "parts").iterdir()}
-    assert names == {"samples.npy.part" if script is ddpm else "draws.npy.part"}
+    assert names == {"config.json", "samples.npy.part" if script is ddpm else "draws.npy.part"}
     most, calls = math.inf, []
     capsys.readouterr()
     script.main([*flags, str(tmp_path / "parts")])
@@ -317,7 +317,8 @@ def test_sampling_from_a_checkpoint(tmp_path):
     more = "--sampler ddpm --variance large --sample-steps 7 --num-samples 5"
     ddpm.main([*flags, *more.split()])
     assert np.load(tmp_path / "again/samples.npy").shape == (5, 16, 16, 3)
-    assert {p.name for p in (tmp_path / "again").iterdir()} == {"samples.npy", "samples.png"}
+    files = {p.name for p in (tmp_path / "again").iterdir()}
+    assert files == {"config.json", "samples.npy", "samples.png"}
 
 
 def test_what_is_part_of_the_model_cannot_be_changed(tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_a_run_learns_and_writes_everything(tmp_path, capsys):
     script.main(flags)
     pictures = {"loss.png", "corruption.png", "predictions.png", "steps.png", "samples.png"}
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    assert files == pictures | {"last.pt", "history.json", "samples.npy"}
+    assert files == pictures | {"last.pt", "config.json", "history.json", "samples.npy"}
     history = read_json(tmp_path / "run/history.json")
     assert history["steps"] == [50, 100] and history["test_loss"][1] < history["test_loss"][0] < 1
     assert len(history["train_loss"]) == 2
