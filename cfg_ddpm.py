@@ -258,7 +258,7 @@ def train(run, model, ema, data, config):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         dropped = seeded_uniform(keys, DROP) < config.cond_drop_prob
-        labels = torch.where(dropped, model.null_class, data.labels[index])
+        labels = torch.where(dropped, model.null_class, data.train.labels[index])
         loss = training_loss(network, x_start, t, noise, labels, alphas_cumprod, config)
         optimizer.zero_grad()
         loss.backward()
@@ -273,7 +273,7 @@ def train(run, model, ema, data, config):
             drawn = generate(run, ema, 64, data, config)
             run.write(f"step_{step + 1:06d}.png", draw_rows(*drawn, data.class_names))
         if run.saves(step):  # also when told to stop
-            run.save(step, model=model, ema=ema, optimizer=optimizer)
+            run.save(step)
     run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
 
 
@@ -319,7 +319,7 @@ def main(argv=None):
             columns[f"w = {w:g}"], labels = generate(run, ema, few, data, changed)
         if columns:
             run.write("sweep.png", draw_columns(columns, [data.class_names[c] for c in labels]))
-        run.say(f"samples.npy, labels.npy ({n} images) and pictures are in {run.dir}/")
+        print(f"samples.npy, labels.npy ({n} images) and pictures are in {run.dir}/")
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def train(run, model, ema, data, config):
             drawn = generate(run, ema, 64, data, config)
             run.write(f"step_{step + 1:06d}.png", draw_grid(drawn))
         if run.saves(step):  # also when told to stop
-            run.save(step, model=model, ema=ema, optimizer=optimizer)
+            run.save(step)
     run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
 
 
@@ -299,7 +299,7 @@ def main(argv=None):
         n = config.num_samples
         samples = generate(run, ema, n, data, config, file="samples.npy")
         run.write("samples.png", draw_grid(samples[:64]))
-        run.say(f"samples.npy ({n} images) and pictures are in {run.dir}/")
+        print(f"samples.npy ({n} images) and pictures are in {run.dir}/")
 
 
 if __name__ == "__main__":

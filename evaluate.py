@@ -24,14 +24,13 @@ with AVX-512 (torch 2.14.1), most of it the classifier's training, to 91.5% of t
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from fused_ddpm.config import flag, make_parser
 from fused_ddpm.devices import check_device
 from fused_ddpm.features import TITLES, classify, extract, get_classifier, pretrained
-from fused_ddpm.files import UserError, in_one_line, write
+from fused_ddpm.files import UserError, ends_in_one_line, write
 from fused_ddpm.images import class_names, load_images, to_float
 from fused_ddpm.pictures import draw_columns
 from fused_ddpm.samples import read_labels, read_samples
@@ -236,14 +235,8 @@ def run(config):
 
 
 def main(argv=None):
-    try:
+    with ends_in_one_line("evaluate"):
         run(get_config(argv))
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted")
-    except Exception as error:
-        if (line := in_one_line(error)) is None:
-            raise
-        sys.exit(f"evaluate.py: error: {line}")
 
 
 if __name__ == "__main__":

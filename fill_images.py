@@ -26,7 +26,7 @@ from fused_ddpm import posterior_step, seeded_normal
 from fused_ddpm.checkpoints import load_parts
 from fused_ddpm.config import ONCE, flag, make_parser, read_checkpoint
 from fused_ddpm.devices import open_device, round_weights
-from fused_ddpm.files import UserError, in_one_line, occupied
+from fused_ddpm.files import UserError, ends_in_one_line, occupied
 from fused_ddpm.filled import (
     check,
     find,
@@ -271,15 +271,8 @@ def run(argv):
 
 
 def main(argv=None):
-    try:
+    with ends_in_one_line("fill_images", "interrupted; the same command goes on"):
         failed, files = run(argv)
-    except KeyboardInterrupt:
-        sys.exit("fill_images.py: interrupted; the same command goes on")
-    except Exception as error:
-        line = in_one_line(error)
-        if line is None:
-            raise
-        sys.exit(f"fill_images.py: error: {line}")
     if failed:
         sys.exit(f"fill_images.py: error: {failed} of {files} images are not filled, see above")
 

@@ -325,7 +325,7 @@ def train(run, model, ema, data, config):
             found = reconstruct(run, ema, val, replace(config, num_draws=2))
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
         if run.saves(step):  # also when told to stop
-            run.save(step, model=model, ema=ema, optimizer=optimizer)
+            run.save(step)
     run.finish(data, lambda part: held_out_losses(ema, part, config))
 
 
@@ -380,13 +380,13 @@ def main(argv=None):
             run.save()  # with the intervals
 
         run.prepare(ema)
-        images = data.test(config.num_samples)
+        images = data.test_part(config.num_samples).images
         found = reconstruct(run, ema, images, config, file="draws.npy")
         once, m, on = replace(config, num_draws=1), data.shape[-1], {}
         mean = reconstruct(run, ema, images, replace(once, sample_steps=1))
         found["regression"] = mean["draws"][0]
         for n in (m, m * 3 // 2, m * 2):  # the same images, points and noise
-            on[n] = reconstruct(run, ema, data.test(6), replace(once, image_size=n))
+            on[n] = reconstruct(run, ema, images[:6], replace(once, image_size=n))
         run.write("resolutions.png", draw_resolutions(on))
         found |= baselines(found, data, config, ema.guess.linear)
         intervals = ema.intervals if ema.intervals.fit_to(config) else None

@@ -334,7 +334,7 @@ def train(run, model, ema, data, config):
             found = reconstruct(run, ema, data.held_out["val"][1][:8], replace(config, num_draws=2))
             run.write(f"step_{step + 1:06d}.png", draw_reconstructions(found))
         if run.saves(step):  # also when told to stop
-            run.save(step, model=model, ema=ema, optimizer=optimizer)
+            run.save(step)
     run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
 
 

@@ -29,13 +29,12 @@ Measured: the first command, on Fashion-MNIST, takes 2 min 40 s on two cores of 
 
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fused_ddpm.config import flag, make_parser
 from fused_ddpm.devices import check_device
-from fused_ddpm.files import UserError, in_one_line, occupy, write
+from fused_ddpm.files import UserError, ends_in_one_line, occupy, write
 from fused_ddpm.images import as_file, choose_data, load_images, to_bytes, to_float, to_unit
 from fused_ddpm.pictures import draw_grid, draw_losses
 
@@ -247,15 +246,8 @@ def run(config):
 
 
 def main(argv=None):
-    try:
+    with ends_in_one_line("toy_diffusion", "interrupted, nothing is saved"):
         run(get_config(argv))
-    except KeyboardInterrupt:
-        sys.exit("toy_diffusion.py: interrupted, nothing is saved")
-    except Exception as error:
-        line = in_one_line(error)
-        if line is None:
-            raise
-        sys.exit(f"toy_diffusion.py: error: {line}")
 
 
 if __name__ == "__main__":

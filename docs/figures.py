@@ -128,7 +128,7 @@ def main():
 
     write(args.out_dir / "schedules.png", draw_schedules(config.num_timesteps))
     write(args.out_dir / "time_embedding.png", draw_time_embedding(config.num_timesteps))
-    write(args.out_dir / "forward.png", draw_forward(data.test(6), config))
+    write(args.out_dir / "forward.png", draw_forward(data.test_part(6).images, config))
     picture, film = draw_reverse(model, data.shape, config)
     write(args.out_dir / "reverse.png", picture)
     write(args.out_dir / "reverse.gif", film)

@@ -195,7 +195,8 @@ def read_command_line(Config, script, about, argv=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if "sample" in given or given.get("resume"):
         values, checkpoint = _continued(Config, script, given, parser)
-        given = {name: value for name, value in given.items() if value != "auto"}
+        if given.get("data") == "auto":
+            del given["data"]
     else:
         values, checkpoint = _started(Config, script, given, parser, device), None
     if "steps" in given or "epochs" in given:

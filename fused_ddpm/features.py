@@ -10,8 +10,8 @@ import socket
 from pathlib import Path
 
 from fused_ddpm.checkpoints import FORMAT, check_part, load_checkpoint
-from fused_ddpm.files import UserError, write
-from fused_ddpm.images import to_float
+from fused_ddpm.files import UserError, reason, write
+from fused_ddpm.images import hash_of, to_float
 
 import torch
 import torch.nn as nn
@@ -80,10 +80,8 @@ def get_classifier(data_dir, training, test, classes, device):
     training, test: (uint8 (N, C, H, W), int64 (N,)). It is kept in data_dir, or in ~/.cache where
     that cannot be written, under a hash of the training images, so never taken for another's.
     """
-    key = hashlib.sha256(f"{RECIPE} {tuple(training[0].shape)} {classes}".encode())
-    for tensor in training:
-        key.update(tensor.contiguous().numpy())
-    name = f"classifier_{FORMAT}_{key.hexdigest()[:16]}.pt"
+    about = f"{RECIPE} {tuple(training[0].shape)} {classes} {hash_of(training)}"
+    name = f"classifier_{FORMAT}_{hashlib.sha256(about.encode()).hexdigest()[:16]}.pt"
     paths = [Path(data_dir, name), Path.home() / ".cache" / "fused_ddpm" / name]
     model = Classifier(training[0].shape[1], classes)
 
@@ -140,11 +138,11 @@ def inception(weights):
             torch.load(weights, weights_only=True)  # torch_fidelity would run what is in the file
         return FeatureExtractorInceptionV3("inception", ["2048"], weights)
     except Exception as error:  # URLError, RuntimeError, UnpicklingError: whatever the attempt met
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if weights:
-            raise UserError(f"--weights {weights}: not Inception's weights ({reason})") from error
+            wrong = f"not Inception's weights ({reason(error)})"
+            raise UserError(f"--weights {weights}: {wrong}") from error
         cure = "give the file weights-inception-2015-12-05-6726825d.pth of torch-fidelity"
-        message = f"its weights cannot be downloaded ({reason}); {cure} with --weights"
+        message = f"its weights cannot be downloaded ({reason(error)}); {cure} with --weights"
         raise UserError(f"--features inception: {message}") from error
 
 

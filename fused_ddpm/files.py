@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 
 try:
     import fcntl
@@ -17,7 +18,12 @@ class UserError(Exception):
     """Something only the user can mend; shown as one line, without a traceback."""
 
 
-NO_ROOM = "can't allocate memory", "not enough memory", "overflow"  # torch's words for it
+def reason(error):
+    """The first line of an error, or what it is called."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+NO_ROOM = "can't allocate memory", "not enough memory", "calculation overflowed"  # of torch
 
 
 def in_one_line(error):
@@ -28,8 +34,21 @@ def in_one_line(error):
     if no_room or (isinstance(error, RuntimeError) and any(w in str(error) for w in NO_ROOM)):
         return "out of memory; a smaller --batch-size, --image-size or network needs less"
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile: {str(error).strip().splitlines()[0]}"
+        return f"--compile: {reason(error)}"
     return None
+
+
+@contextlib.contextmanager
+def ends_in_one_line(script, interrupted="interrupted"):
+    """What goes wrong inside by the user's doing ends the script, with one line and status 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"{script}.py: {interrupted}")
+    except Exception as error:
+        if (line := in_one_line(error)) is None:
+            raise
+        sys.exit(f"{script}.py: error: {line}")
 
 
 def occupy(folder):
@@ -78,7 +97,7 @@ def write(path, content):
     torch.save takes, for .png or .gif a matplotlib figure or frames; or what has a save(path), as a
     picture of PIL.
     """
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if hasattr(content, "save"):

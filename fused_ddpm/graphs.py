@@ -5,6 +5,8 @@ import functools
 import os
 import warnings
 
+from fused_ddpm.files import reason
+
 import torch
 
 
@@ -31,8 +33,7 @@ def graphed(reverse_step):
             try:
                 graphs[key] = _Graph(reverse_step, tensors)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(f"sampling without a CUDA graph: {reason}", stacklevel=2)
+                warnings.warn(f"sampling without a CUDA graph: {reason(error)}", stacklevel=2)
                 _failed_captures.append(error)
                 return reverse_step(x_t, step, *inputs)
         return graphs[key](step, tensors)

@@ -11,6 +11,7 @@ import functools
 import gzip
 import hashlib
 import socket
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,11 +78,9 @@ def hash_of(tensors):
 class Data:
     """A data set in three parts, each read when first asked for, shuffled, and on the device.
 
-    name, facts: what it is; shape: (C, H, W) of an image; class_names; scale: between a file's
-    values and [-1, 1]. images: uint8, or float32 in [-1, 1] (N, C, H, W), and labels: int64 (N,)
-    to train on; train, test_part(n): the same as Parts, which also have observed, None or bool
-    (N, 1, H, W); held_out: {"val": (index (B,), Part), "test": ...}, the first 128 of each, if
-    labelled also "val_uncond" with the null class; classes: int64 (c,), those of --classes.
+    name, facts: what it is; shape: (C, H, W) of an image; class_names. train, test_part(n): Parts,
+    and images those of train; held_out: {"val": (index (B,), Part), "test": ...}, the first 128 of
+    each, if labelled also "val_uncond" with the null class; classes: int64 (c,), of --classes.
     """
 
     def __init__(self, config, facts=None, labelled=False):
@@ -101,6 +100,8 @@ class Data:
 
     def _read(self, train):
         config, known = self.config, self.known and self.known.get("scale")
+        if rank() > 0:
+            wait()  # for the first, which alone downloads
         part = load_part(
             *(self.name, config.data_dir, self.size, train),
             missing=getattr(config, "missing", None),
@@ -108,6 +109,8 @@ class Data:
             scale=Scale(*known) if known else None,
             incomplete=hasattr(config, "observed_only"),
         )
+        if rank() == 0:
+            wait()
         if self.known:
             self._check(tuple(part.images.shape[1:]), part.scale)
         g, n = torch.Generator().manual_seed(0), part.validation
@@ -150,20 +153,11 @@ class Data:
 
     @property
     def facts(self):
-        names = list(self.class_names)
-        return {"shape": list(self.shape), "class_names": names, "scale": self._limits}
-
-    @property
-    def _limits(self):
-        """[low, high] of the scale, None of bytes."""
         if self.known:
-            return self.known.get("scale")
+            return {"scale": None} | self.known
         scale = self._test.scale
-        return scale and [scale.low, scale.high]
-
-    @property
-    def scale(self):
-        return Scale(*(self._limits or []))
+        limits = scale and [scale.low, scale.high]
+        return {"shape": list(self.shape), "class_names": list(self.class_names), "scale": limits}
 
     @property
     def fingerprint(self):
@@ -179,20 +173,12 @@ class Data:
         return self._train[1].images
 
     @property
-    def labels(self):
-        return self._train[1].labels
-
-    @property
     def train(self):
         """The training images as a Part, with what is observed of them."""
         return self._train[1]
 
     def test_part(self, n):
         return self._test[:n].to(self.config.device)
-
-    def test(self, n):
-        """The first n test images."""
-        return self.test_part(n).images
 
     @functools.cached_property
     def held_out(self):
@@ -217,21 +203,6 @@ class Data:
         return max(len(self._train[0]), len(self._test))
 
 
-def one_first(load):
-    """Of several processes the first loads before the others: it alone downloads."""
-
-    @functools.wraps(load)
-    def wait_and_load(*args, **options):
-        if rank() > 0:
-            wait()
-        loaded = load(*args, **options)
-        if rank() == 0:
-            wait()
-        return loaded
-
-    return wait_and_load
-
-
 def load_images(name, data_dir="data", image_size=32, train=True):
     """A data set as (images, labels): uint8 (N, C, image_size, image_size) and int64 (N,).
 
@@ -245,14 +216,13 @@ def load_images(name, data_dir="data", image_size=32, train=True):
     return part.images, part.labels
 
 
-@one_first
 def load_part(
     name, data_dir, image_size, train, missing=None, crop=False, scale=None, incomplete=False
 ):
     """load_images as a Part. For missing, crop, scale see load_folder; incomplete: may it be so."""
     if image_size < 4:
         raise DataError(f"--image-size {image_size}: must be at least 4")
-    if Path(name).is_dir() and name not in (*TORCHVISION, "shapes"):
+    if Path(name).is_dir() and name not in CLASSES:
         part = load_folder(Path(name), image_size, train, missing, crop, scale)
         if part.observed is not None and not incomplete:
             who = "only sparse_ddpm.py learns from such images"
@@ -266,8 +236,8 @@ def load_part(
     if name in TORCHVISION:
         images, labels = load_named(name, data_dir, train)
         return Part(resize(images, image_size), labels)
-    names = ", ".join([*TORCHVISION, "shapes"])
-    raise DataError(f"--data {name}: neither a data set ({names}) nor a folder of images")
+    known = f"neither a data set ({', '.join(CLASSES)}) nor a folder of images"
+    raise DataError(f"--data {name}: {known}")
 
 
 def class_names(name):
@@ -312,7 +282,7 @@ def load_named(name, data_dir, train):
         try:  # idx files: a header, then bytes
             images = gzip.open(f"{part}-images-idx3-ubyte.gz").read()
             labels = gzip.open(f"{part}-labels-idx1-ubyte.gz").read()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             cure = "reinstall the package dataset-fashion-mnist"
             raise DataError(f"{part}-*.gz: cannot be read ({error}); {cure}") from error
         images = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 from fused_ddpm.fill import set_convolution
-from fused_ddpm.masks import make_masks, observe, places_of
+from fused_ddpm.masks import make_masks, observe, pattern_names, places_of
 from fused_ddpm.processes import rank, wait
 
 import numpy as np
@@ -56,10 +56,11 @@ class LinearFill(nn.Module):
 
         x, observed = read(some)
         self.fit(map(read, rest), held_out(replace(config, mask_pattern="random")))
-        if "learned" in config.mask_pattern:
+        names, path = pattern_names(config), str(run.dir / "mask.npy")
+        if "learned" in names:
             run.write("mask.npy", telling_order(self.covariance).view(size, size).numpy())
             wait()
-            config.mask_pattern = config.mask_pattern.replace("learned", str(run.dir / "mask.npy"))
+            config.mask_pattern = ",".join(path if name == "learned" else name for name in names)
         self.measure(*held_out(config))
 
     @torch.no_grad()
@@ -164,8 +165,8 @@ class LinearFill(nn.Module):
         of which the mask is seen. Both masks are bool (N, 1, H, W)."""
         error, about = self._errors(x, mask, scored)
         bins = self._bin(about).round().long()
-        total = torch.zeros_like(self.place).double().index_add_(0, bins, error)
-        count = torch.zeros_like(total).index_add_(0, bins, torch.ones_like(error))
+        total = bins.bincount(error, len(self.place))
+        count = bins.bincount(minlength=len(self.place))
         expected = self.place.double().exp() * error.mean() / about.mean()
         # A bin with few pixels takes, in part, the variance that it stands for.
         self.log_variance.copy_(((total + 100 * expected) / (count + 100)).log())
@@ -279,10 +280,8 @@ def by_distance(off, count, h, w):
     down, right = row[:, None] - row, column[:, None] - column
     pair = (down + h) * (2 * w) + right + w
     count = torch.as_tensor(count, dtype=off.dtype, device=off.device).expand_as(off)
-    of_pair = torch.zeros(2, 4 * h * w, dtype=torch.float64, device=off.device)
-    for total, values in zip(of_pair, (off, count), strict=True):
-        total.index_add_(0, pair.flatten(), values.flatten().double())
-    typical = (of_pair[0] / of_pair[1].clamp(min=1)).to(off.dtype)[pair]
+    sums, pairs = (pair.flatten().bincount(x.flatten().double()) for x in (off, count))
+    typical = (sums / pairs.clamp(min=1)).to(off.dtype)[pair]
     return typical * (1 - down.abs() / h) * (1 - right.abs() / w)  # so it is a covariance
 
 

@@ -89,12 +89,12 @@ def read_order(path, size):
     """
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        score = torch.from_numpy(~array if array.dtype == bool else array.astype(np.float64))
+    except Exception as error:  # numpy raises all sorts: BadZipFile, EOFError, ...
         raise UserError(f"--mask-pattern {path}: cannot be read ({error})") from error
-    if array.shape != (size, size):
-        made = "x".join(map(str, array.shape))
+    if score.shape != (size, size):
+        made = "x".join(map(str, score.shape))
         raise UserError(f"--mask-pattern {path}: is {made}, the images are {size}x{size}")
-    score = torch.from_numpy(~array if array.dtype == bool else array.astype(np.float64))
     return score.flatten().argsort(stable=True).argsort()
 
 
@@ -121,6 +121,7 @@ def check_masks(config):
     yield not 1 <= len(config.sparsity) <= 2 or config.sparsity[0] > config.sparsity[-1], (
         f"--sparsity {shown}: is a fraction, or two, the smaller first, to draw it from"
     )
+    observed = getattr(config, "observed_only", None)
     learns = hasattr(config, "observed_only") and config.image_size <= 64
     for name in pattern_names(config):
         yield name == "learned" and not learns, (
@@ -139,8 +140,11 @@ def check_masks(config):
         f"--sparsity {shown}: that is {seen} pixels to see and {scored} to score "
         f"of the {n} there are"
     )
+    few = f"--observed-only {observed}: leaves less than two of the {n} pixels of an image"
+    yield observed and round(observed * n) < 2, few
     test_pattern = getattr(config, "test_pattern", None)
-    yield "learned" in (test_pattern or ""), "--test-pattern learned: give the run's mask.npy"
+    learned = "learned" in (test_pattern or "").split(",")
+    yield learned, "--test-pattern learned: give the run's mask.npy"
     if getattr(config, "test_sparsity", None) or test_pattern:
         tested = replace(as_tested(config), test_sparsity=None, test_pattern=None)
         for wrong, message in check_masks(tested):

@@ -73,7 +73,7 @@ def rank_histogram(draws, truth, where):
     for t in range(k + 1):
         rank, share = below[ties == t], 1 / (t + 1)
         for step in range(t + 1):
-            histogram += torch.bincount(rank + step, minlength=k + 1)[: k + 1] * share
+            histogram += torch.bincount(rank + step, minlength=k + 1) * share
     return (histogram / histogram.sum()).tolist()
 
 

@@ -77,6 +77,9 @@ def posterior_step_reference(
     x_t, out, coefficients, step, seeds, out_uncond=None, guidance_scale=1.0, stream=0, clip=True
 ):
     """posterior_step in PyTorch; x_t may also be float64 here, then so is all arithmetic."""
+    if out.shape != x_t.shape:
+        shapes = f"{list(out.shape)}, expected {list(x_t.shape)}"
+        raise ValueError(f"posterior_step: out has shape {shapes}")
     k_x, k_o, a, b, s = coefficients[step].to(x_t.dtype).reshape(5).unbind()
     out = out.to(x_t.dtype)
     if out_uncond is not None:
@@ -113,25 +116,21 @@ def posterior_step(
     x_t: float32 (B, ...), contiguous or channels_last. out, out_uncond: the same shape, float32,
     bfloat16 or float16. coefficients: float32 (steps, 5), rows (k_x, k_o, a, b, s). step: the row,
     an int or an int64 tensor of one element on x_t's device, which lets a CUDA graph replay the
-    call for every step. seeds: int64 (B,), one an image. stream:
-    of the noise, 0..2^32-1.
-    Returns float32 like x_t; no gradient flows through. Raises ValueError, TypeError or IndexError
-    where these do not fit.
+    call for every step. seeds: int64 (B,), one an image. stream: of the noise, 0..2^32-1. clip:
+    whether x0_hat is clamped. Returns float32 like x_t; no gradient flows through. Raises
+    ValueError, TypeError or IndexError where these do not fit.
     """
-    tensors = dict(out=out, coefficients=coefficients, seeds=seeds, out_uncond=out_uncond)
-    on_host = not isinstance(step, torch.Tensor)
-    if not on_host:
-        tensors["step"] = step
-    elif not 0 <= operator.index(step) < len(coefficients):  # TypeError if it is not whole
-        raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
-    check_devices("posterior_step", x_t, **tensors)
+    if not isinstance(step, torch.Tensor):
+        if not 0 <= operator.index(step) < len(coefficients):  # TypeError if it is not whole
+            raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
+        step = torch.full((1,), step, dtype=torch.int64, device=x_t.device)
+    others = dict(coefficients=coefficients, step=step, seeds=seeds, out_uncond=out_uncond)
+    check_devices("posterior_step", x_t, out=out, **others)
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"posterior_step: stream {stream} is outside 0..{(1 << 32) - 1}")
     rest = out_uncond, guidance_scale, stream, clip
     if not fused(x_t.device):
         return posterior_step_reference(x_t, out, coefficients, step, seeds, *rest)
-    if on_host:
-        step = torch.full((), step, dtype=torch.int64, device=x_t.device)
     return torch.ops.fused_ddpm.posterior_step(
         x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip
     )
@@ -158,10 +157,11 @@ def masked_loss_reference(
 ):
     """masked_loss in PyTorch."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    diff = pred.to(dtype) - target.to(dtype)
-    size = diff.abs()
-    smooth = torch.where(size < 1, 0.5 * diff**2, size - 0.5)
-    d = {"l2": diff**2, "l1": size, "huber": smooth}[kind]
+    if pred.shape != target.shape:
+        shapes = f"{list(target.shape)}, expected {list(pred.shape)}"
+        raise ValueError(f"masked_loss: target has shape {shapes}")
+    distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[kind]
+    d = distance(pred.to(dtype), target.to(dtype), reduction="none")
     w = torch.ones_like(d) if target_mask is None else target_mask.to(dtype)
     if cond_mask is not None:
         w = w + cond_weight * cond_mask.to(dtype)

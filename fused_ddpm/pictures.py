@@ -9,7 +9,7 @@ UNSEEN = torch.tensor([0.25, 0.3, 0.45]).view(1, 3, 1, 1)  # blue-grey
 
 def tile(images, columns):
     """uint8 (N, C, H, W) -> PIL image: row by row, three times the size, a white line between."""
-    images = F.pad(images.cpu().expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
+    images = F.pad(rgb(images.cpu()).byte(), (1, 1, 1, 1), value=255)
     empty = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
     images = torch.cat([images, empty])
     n, _, h, w = images.shape
@@ -74,7 +74,7 @@ def draw_of_any_size(columns, rows=(), side=128):
 
 
 def rgb(images):
-    """float (N, 3, H, W): of two channels the first is shown, of four the first three."""
+    """As float (N, 3, H, W): of two channels the first is shown, of four the first three."""
     return images[:, : 3 if images.shape[1] > 2 else 1].float().expand(-1, 3, -1, -1)
 
 

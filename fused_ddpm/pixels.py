@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from fused_ddpm.files import UserError, write
+from fused_ddpm.files import UserError, reason, write
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -35,6 +35,7 @@ LOSSLESS = ("PNG", "TIFF", "WEBP", "BMP", "PPM", "TGA")  # others come out as PN
 ORIENTATION = 0x0112  # of EXIF
 SAMPLE_FORMAT = 339  # of TIFF: 2 is signed
 TIFF_TAGS = (270, 282, 283, 296, 33550, 33922, 34264, 34735, 34736, 34737, 42112)  # text, dpi, geo
+PROFILE, CONVERTED = 34675, ("CMYK", "YCbCr", "LAB", "HSV")  # of colours, which goes if these do
 
 
 class DataError(UserError):
@@ -103,7 +104,8 @@ def as_dtype(values, dtype):
     if dtype.kind == "f":
         return values.astype(dtype)
     info = np.iinfo(dtype)
-    return values.round().clip(info.min, info.max).astype(dtype)
+    most = info.max if info.bits < 64 else np.nextafter(float(info.max), 0)  # float64 rounds it up
+    return values.round().clip(info.min, most).astype(dtype)
 
 
 def upright(array, orientation):
@@ -128,9 +130,7 @@ def with_one_line(read):
         except UserError:
             raise
         except Exception as error:  # PIL and numpy raise all sorts: SyntaxError, struct.error, ...
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if lines else type(error).__name__
-            said = f"{path}: cannot be read as an image ({reason}); remove or replace it"
+            said = f"{path}: cannot be read as an image ({reason(error)}); remove or replace it"
             raise DataError(said) from error
 
     return read_or_say
@@ -262,13 +262,13 @@ def accompanying(image):
     """What the new file takes from the old: colour profile, EXIF, resolution, place on earth."""
     if image.format == "TIFF":
         tags = TiffImagePlugin.ImageFileDirectory_v2()
-        for tag in TIFF_TAGS:
-            if tag in image.tag_v2:
+        for tag in (*TIFF_TAGS, PROFILE):
+            if tag in image.tag_v2 and not (tag == PROFILE and image.mode in CONVERTED):
                 tags.tagtype[tag] = image.tag_v2.tagtype[tag]
                 tags[tag] = image.tag_v2[tag]
         return {"tiffinfo": tags}
     options = {name: image.info.get(name) for name in ("dpi", "exif")}
-    if image.mode not in ("CMYK", "YCbCr", "LAB", "HSV"):
+    if image.mode not in CONVERTED:
         options["icc_profile"] = image.info.get("icc_profile")
     return {name: value for name, value in options.items() if value}
 
@@ -295,12 +295,9 @@ def open_array(path):
 
 def array_header(path, file):
     """((H, W, C), dtype, the shape itself), checked, from a .npy file's first bytes."""
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
     with PARSING:
-        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+        version, _ = np.lib.format.read_magic(file)
+        shape, _, dtype = getattr(np.lib.format, f"read_array_header_{version}_0")(file)
     if dtype.kind not in "iuf":
         raise DataError(f"{path}: is of {dtype}; whole numbers or floats are needed")
     if len(shape) not in (2, 3):

@@ -13,14 +13,15 @@ import torch
 def draw_each(run, model, sample, inputs, shape, config, file=None, parts=1):
     """K draws of each of N images by sample(seeds, *inputs), float (K, N, *shape) in [0, 1].
 
-    inputs: tensors (N, ...). The draws of an image come one after another, for once_each. file,
-    parts: see run.samples and Samples.missing.
+    inputs: tensors (N, ...). The draws of an image come one after another, for once_each. file: see
+    run.samples. parts: in which each is made.
     """
     n, depends_on = len(inputs[0]), [*model.state_dict().values(), *inputs]
     count = config.num_draws * n
     samples = run.samples(count, shape, torch.float32, file, depends_on, scratch=True)
     image_by_image = torch.arange(count, device=config.device).view(config.num_draws, n).T.flatten()
-    for jobs in samples.missing(parts, image_by_image):  # of those not there yet this process's
+    steps = config.sample_steps * parts
+    for jobs in samples.missing(steps, image_by_image):  # of those not there yet this process's
         draw, i = jobs // n, jobs % n
         for x_t in sample(run.seeds((draw << 20) + i), *(x[i] for x in inputs)):
             samples.tick()
@@ -55,7 +56,7 @@ def write_results(run, found, intervals=None, regions=("unseen",)):
     seen["draws"] = seen["draws"].view(*found["draws"].shape[:3], side, side)
     learnt, asked = run.config.sparsity, getattr(run.config, "test_sparsity", None)
     if asked and not learnt[0] <= asked <= learnt[-1]:
-        run.say(f"warning: the network has learnt from {learnt} of the pixels, not from {asked}")
+        print(f"warning: the network has learnt from {learnt} of the pixels, not from {asked}")
     metrics = evaluate(seen, intervals)
     run.write("metrics.json", metrics)
     run.write("reconstructions.npz", found)
@@ -64,8 +65,8 @@ def write_results(run, found, intervals=None, regions=("unseen",)):
     if "calibration" in metrics:
         run.write("ranks.png", draw_ranks(metrics))
     for region in regions:
-        run.say(table(metrics, region))
-    run.say(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
+        print(table(metrics, region))
+    print(f"pictures, metrics.json and reconstructions.npz are in {run.dir}/")
 
 
 def draw_as_classes(complete, part, data):

@@ -5,7 +5,7 @@
             ...
             run.log(loss, norm)
             if run.saves(step):
-                run.save(model=model)
+                run.save(step)
 
 Over one process or many (torchrun). It calls nothing of the script's. What goes wrong by the user's
 doing ends in one line: of the command line with exit status 2, of all else with 1.
@@ -102,7 +102,7 @@ class Run:
         So does training at a second one; not within a second, when torchrun passes on the first.
         """
         now = time.monotonic()
-        if not self.training or (self.signals and now - self.signals[-1] > 1):
+        if not self.training or (self.signals and now - self.signals[0] > 1):
             raise KeyboardInterrupt
         self.signals.append(now)
 
@@ -151,9 +151,6 @@ class Run:
     def history(self):
         return self.state["history"]
 
-    def say(self, text):
-        print(text)  # of the first process; the others' Log shows nothing
-
     def introduce(self, model, data):
         """Print what is going to run on what."""
         config = self.config
@@ -168,10 +165,10 @@ class Run:
             self.sample_every = config.sample_every or max(config.steps // 5, 1)
         precision = " (bfloat16)" if config.bfloat16 else ""
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        self.say(f"{self.script}.py: preset {config.preset}, data {data.name} ({count}{size}), "
-                 f"device {self.device}{precision}")  # fmt: skip
-        self.say(f"extension: {status()}")
-        self.say(f"{millions:.2f}M parameters, output in {self.dir}/")
+        print(f"{self.script}.py: preset {config.preset}, data {data.name} ({count}{size}), "
+              f"device {self.device}{precision}")  # fmt: skip
+        print(f"extension: {status()}")
+        print(f"{millions:.2f}M parameters, output in {self.dir}/")
 
     def _check_facts(self, data):
         """A run goes on with the data it was made with, or not at all."""
@@ -198,17 +195,15 @@ class Run:
         """From here on the run writes; until now nothing on disk has changed."""
         self.folder, config = occupy(self.dir), self.config
         there = (self.dir / "last.pt").exists()
-        if config.sample:
-            if not there:  # what was sampled, and for evaluate.py of what data
-                self.write("config.json", asdict(config))
-            return self.tracker.start(self)
         if not self.checkpoint:
             if there and not config.overwrite:  # it was not, when this run began
                 raise UserError(f"--out-dir {self.dir}: holds a run already")
             # Not to be taken for the new run's.
             for name in "gaussian.npz", "step_*.png", "tensorboard/*":
                 self.old.update(self.dir.glob(name))
-        if self.checkpoint or not there:
+        if config.sample and not there:  # for evaluate.py: of what data the samples are
+            self.write("config.json", asdict(config))
+        elif not config.sample and (self.checkpoint or not there):
             self._write_beside()
         self.tracker.start(self)
 
@@ -260,11 +255,11 @@ class Run:
         whole batch; places (b,), where in the batch each stands, in [0, 1); epoch.
         """
         size = min(self.config.batch_size, n) // world() * world()
-        epoch, place = divmod(step, max(n // size, 1))
+        epoch, place = divmod(step, n // size)
         if epoch != self.epoch:
             order = torch.Generator().manual_seed(mix(self.config.seed, epoch, 1))
             self.order = torch.randperm(n, generator=order).to(self.device)
-            self.epoch, self.steps_an_epoch = epoch, max(n // size, 1)
+            self.epoch, self.steps_an_epoch = epoch, n // size
         slots = torch.arange(size, device=self.device).chunk(world())[rank()]
         key = mix(self.config.seed, step) >> 1
         key = torch.full((1,), key, dtype=torch.int64, device=self.device)
@@ -319,12 +314,11 @@ class Run:
         shown = {"loss": f"{row['train_loss']:.4f}", "val": f"{row.get('val_loss', math.nan):.4f}"}
         self.bar.set_postfix(shown, refresh=False)
 
-    def save(self, step=None, **parts):
-        """last.pt, in one move: the parts' state, configuration, history, and where to go on.
+    def save(self, step=None):
+        """last.pt, in one move: what restore was given, configuration, history, and where to go on.
 
-        Without a step, once more what was saved or restored last.
+        Without a step, once more after the last one.
         """
-        parts = self.parts = parts or self.parts
         if step is not None:
             if self.losses:
                 self._mean_loss(step)
@@ -332,7 +326,7 @@ class Run:
         if self.leads:
             about = {"script": self.script, "format": FORMAT}
             config = {k: v for k, v in asdict(self.config).items() if k != "bfloat16"}
-            states = {name: part.state_dict() for name, part in parts.items()}
+            states = {name: part.state_dict() for name, part in self.parts.items()}
             self.write("last.pt", about | {"config": config} | self.state | states)
             self._write_beside()
 
@@ -356,7 +350,7 @@ class Run:
         self.final = {"final": final}
         self.write("history.json", self.history | self.final)
         self.tracker.figures(self.bar.n, flat(final, "final"))
-        self.say(f"over whole sets: {', '.join(shown)}")
+        print(f"over whole sets: {', '.join(shown)}")
 
     # -- sampling ----------------------------------------------------------------------------------
 

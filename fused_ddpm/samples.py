@@ -21,9 +21,8 @@ import shutil
 from dataclasses import asdict
 
 from fused_ddpm.config import flags_of
-from fused_ddpm.folders import list_folder
-from fused_ddpm.images import DataError, load_images
-from fused_ddpm.pixels import read_header
+from fused_ddpm.folders import list_folder, read_all, read_whole, survey
+from fused_ddpm.images import DataError, hash_of
 from fused_ddpm.processes import rank, sum_over, wait, world
 
 import numpy as np
@@ -93,18 +92,16 @@ class Samples:
         beside = {name for name, (_, part) in flags if part == "RunConfig"} - {"seed"}
         beside |= {"batch_size", "steps", "epochs"}
         settings = {k: v for k, v in asdict(self.config).items() if k not in beside}
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for tensor in depends_on:
-            key.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return key.digest()
+        about = json.dumps(settings, sort_keys=True) + hash_of(depends_on)
+        return hashlib.sha256(about.encode()).digest()
 
-    def missing(self, parts=1, order=None):
-        """Indices (B,) of batches that are not whole yet, this process's share of them. parts: in
-        which a sample is made, for the progress bar. order: the indices (n,) in another one."""
+    def missing(self, steps=None, order=None):
+        """Indices (B,) of batches that are not whole yet, this process's share of them. steps: of a
+        sample, for the progress bar; sample_steps. order: the indices (n,) in another one."""
         index = torch.arange(self.n, device=self.config.device) if order is None else order
         batches = index.split(self.config.batch_size)
         batches = [i for i in batches if not self.done[i.cpu().numpy()].all()][rank() :: world()]
-        total = len(batches) * self.config.sample_steps * parts
+        total = len(batches) * (steps or self.config.sample_steps)
         hidden = rank() > 0 or (self.path is None and total < 1000)  # a few seconds
         self.bar = tqdm(total=total, desc="sampling", unit="step", leave=False, disable=hidden)
         yield from batches
@@ -167,14 +164,16 @@ def read_samples(path):
     """
     if path.is_dir():
         try:
-            sizes = {read_header(file).size for file, _ in list_folder(path)[0]}
+            headers, channels, plain = survey(path, None)
+            sizes = {header.size for header in headers}
             if len(sizes) > 1:
                 raise DataError(f"{path}: its images are of {len(sizes)} sizes; make them one")
-            side = sizes.pop()[1]
-            parts = [load_images(str(path), "", side, train) for train in (True, False)]
-            images, labels = (torch.cat(x) for x in zip(*parts, strict=True))
-            return images[labels.argsort(stable=True)]  # class by class, as the names are
-        except DataError as error:  # of images.py, which knows folders as --data
+            height, width = sizes.pop()
+            if not plain or height != width:
+                raise DataError(f"{path}: its images must be square, complete and of 8 bits")
+            read = lambda file: read_whole(file[0], channels == 1, width)
+            return torch.stack(read_all(read, list_folder(path)[0]))
+        except DataError as error:  # of folders.py, which knows folders as --data
             raise DataError(str(error).removeprefix("--data ")) from error
     try:
         samples = np.load(path)

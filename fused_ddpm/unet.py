@@ -9,16 +9,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-class GroupNorm(nn.GroupNorm):
+class NormSilu(nn.GroupNorm):
+    """silu(norm(x) (1 + scale) + shift); scale, shift: (B, C), or neither."""
+
     def __init__(self, channels):
         super().__init__(math.gcd(8, channels), channels)
-
-    def forward(self, x):  # bfloat16 x and float32 weights can take five times as long on a CPU
-        return super().forward(x.to(self.weight.dtype))
-
-
-class NormSilu(GroupNorm):
-    """silu(norm(x) (1 + scale) + shift); scale, shift: (B, C), or neither."""
 
     def forward(self, x, scale=None, shift=None):
         return norm_silu(x, self.weight, self.bias, self.num_groups, scale, shift)
@@ -66,12 +61,15 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.heads = math.gcd(channels, max(1, channels // 64))
-        self.norm, self.qkv = GroupNorm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.norm = nn.GroupNorm(math.gcd(8, channels), channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x, emb):
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        # bfloat16 x and float32 weights can take five times as long on a CPU.
+        qkv = self.qkv(self.norm(x.to(self.norm.weight.dtype)))
+        qkv = qkv.reshape(B, 3, self.heads, C // self.heads, H * W)
         h = self.mix(*qkv.transpose(-1, -2).unbind(1))  # (B, heads, H*W, C/heads)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
@@ -114,10 +112,8 @@ class Unet(nn.Module):
 
         def stage(level, in_channels):
             blocks = []
-            for i in range(config.num_blocks):
-                width = dims[level] if i else in_channels
-                blocks.append(ResBlock(width, dims[level], emb_dim, config.dropout))
-                blocks += attention(level)
+            for width in [in_channels] + [dims[level]] * (config.num_blocks - 1):
+                blocks += [ResBlock(width, dims[level], emb_dim, config.dropout), *attention(level)]
             return nn.ModuleList(blocks)
 
         self.time = TimeEmbedding(emb_dim)

@@ -231,6 +231,12 @@ def test_a_folder_with_a_run_is_not_started_in(here, capsys):
 # -- what a checkpoint fixes -----------------------------------------------------------------------
 
 
+def test_auto_is_a_value_like_others_with_a_checkpoint(checkpoint):
+    path = str(checkpoint(amp="off", data="mine"))
+    config, _ = read("--sample", path, "--amp", "auto", "--data", "auto")
+    assert config.amp == "auto" and config.data == "mine"
+
+
 def test_fixed_flags():
     model = {"width", "levels", "kind", "linear"}
     assert fixed_flags(Config, sampling=True) == model

@@ -175,5 +175,6 @@ def test_errors_in_one_line():
         lambda: np.empty(1 << 60, np.uint8),
     ]:
         assert in_one_line(raised(call)).startswith("out of memory; a smaller --batch-size")
-    for own in (RuntimeError("shapes"), ValueError("overflow"), KeyError("x"), None):
+    wrong = raised(lambda: torch.full((1,), 300, dtype=torch.uint8))  # "without overflow"
+    for own in (wrong, RuntimeError("shapes"), ValueError("overflow"), KeyError("x"), None):
         assert in_one_line(own) is None  # a traceback serves better

@@ -234,12 +234,13 @@ def test_parts_are_disjoint_and_shuffled_but_the_same_each_time():
     data = Data(make_config(ddpm))
     assert data.name == "shapes" and data.shape == (3, 16, 16)
     assert data.images.shape == (216, 3, 16, 16) and data.images.dtype == torch.uint8
-    assert data.labels.shape == (216,) and data.labels.dtype == torch.int64
-    assert data.test(99).shape == (40, 3, 16, 16)
+    assert data.train.labels.shape == (216,) and data.train.labels.dtype == torch.int64
+    assert data.test_part(99).images.shape == (40, 3, 16, 16)
     assert {name: len(part[0]) for name, part in data.held_out.items()} == {"val": 24, "test": 40}
     whole, labels = load_images("shapes", image_size=16, train=True)
     _, val = data.held_out["val"]
-    parts, part_labels = torch.cat([val.images, data.images]), torch.cat([val.labels, data.labels])
+    parts = torch.cat([val.images, data.images])
+    part_labels = torch.cat([val.labels, data.train.labels])
 
     def in_order(images, labels):
         rows = torch.cat([labels[:, None].byte(), images.flatten(1)], dim=1)
@@ -262,12 +263,12 @@ def test_held_out_images_are_128_at_most_and_once_more_without_a_class(monkeypat
     val, uncond = held_out["val"][1], held_out["val_uncond"][1]
     assert len(val) == 128 and torch.equal(val.images, uncond.images)
     assert (uncond.labels == 10).all() and val.labels.max() < 10
-    assert len(data.test(999)) == 140 and data.images.shape[0] == 1350
+    assert len(data.test_part(999)) == 140 and data.images.shape[0] == 1350
     assert data.most_held_out == 150
     rest = {name: index.tolist() for name, (index, _) in data.held_out_batch(128).items()}
     assert rest.pop("test") == list(range(128, 140))
     assert rest == {"val": list(range(128, 150)), "val_uncond": list(range(128, 150))}
-    assert torch.equal(data.held_out_batch(128)["test"][1].images, data.test(999)[128:])
+    assert torch.equal(data.held_out_batch(128)["test"][1].images, data.test_part(999).images[128:])
     assert data.held_out_batch(140, 5).keys() == {"val", "val_uncond"}
 
 
@@ -291,7 +292,7 @@ def test_classes_are_needed_where_they_are(tmp_path):
     for i in range(12):
         save_image(tmp_path / f"{i}.png", np.full((16, 16, 3), 10 * i))
     data = Data(make_config(ddpm, data=str(tmp_path)))
-    assert data.class_names == [] and len(data.images) == 10 and len(data.test(9)) == 1
+    assert data.class_names == [] and len(data.images) == 10 and len(data.test_part(9)) == 1
     said = r"has no classes; sort its images into one sub-folder for each"
     with pytest.raises(UserError, match=said):
         Data(make_config(cfg_ddpm, data=str(tmp_path)), labelled=True)

@@ -1,6 +1,7 @@
 """Masks: exact in their counts, a function of key and epoch alone, fair to every pixel."""
 
 import math
+import zipfile
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -188,6 +189,21 @@ def test_patterns_that_are_none_are_named(pattern, wrong):
         assert found == [f"--test-pattern {name}: {cure}" for name in wrong]
 
 
+def test_learned_is_a_name_and_no_part_of_one():
+    at_hand = replace(settings(), test_pattern="out/learned/mask.npy")
+    assert not [message for bad, message in check_masks(at_hand) if bad]
+    for pattern in ("learned", "random,learned"):
+        found = [m for bad, m in check_masks(replace(settings(), test_pattern=pattern)) if bad]
+        assert "--test-pattern learned: give the run's mask.npy" in found
+
+
+@pytest.mark.parametrize("fraction, wrong", [(0.001, True), (0.004, True), (0.01, False)])
+def test_of_what_is_observed_something_is_left_to_score(fraction, wrong):
+    config = replace(settings(size=16), observed_only=fraction)
+    said = f"--observed-only {fraction}: leaves less than two of the 256 pixels of an image"
+    assert [message for bad, message in check_masks(config) if bad] == [said] * wrong
+
+
 # -- what differs between images -------------------------------------------------------------------
 
 
@@ -291,6 +307,11 @@ def test_files_that_are_none_are_named(tmp_path):
     path.write_bytes(b"none")
     assert said().startswith(f"--mask-pattern {path}: cannot be read (")
     np.save(path, np.array([{}]), allow_pickle=True)
+    assert said().startswith(f"--mask-pattern {path}: cannot be read (")
+    np.save(path, np.full((16, 16), "x"))
+    assert said().startswith(f"--mask-pattern {path}: cannot be read (")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", b"none")
     assert said().startswith(f"--mask-pattern {path}: cannot be read (")
     np.save(path, np.zeros((16, 8)))
     assert said() == f"--mask-pattern {path}: is 16x8, the images are 16x16"

@@ -402,6 +402,15 @@ def either(request, monkeypatch):
         pytest.skip(ops.REASON)
 
 
+def test_shapes_that_differ_are_named(either):
+    x, out, _, seeds = inputs((2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"out has shape \[1, 3, 8, 8\], expected \[2, 3, 8, 8\]"):
+        posterior_step(x, out[:1], COEFFICIENTS, 0, seeds)
+    pred, target, mask, _ = loss_inputs((2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"target has shape \[1, 3, 8, 8\], expected \[2, 3, 8"):
+        masked_loss(pred, target[:1], mask)
+
+
 def test_tensors_elsewhere_are_named(either):
     x, out, uncond, seeds = inputs((2, 3, 8, 8))
     given = dict(x_t=x, out=out, coefficients=COEFFICIENTS, seeds=seeds, out_uncond=uncond)

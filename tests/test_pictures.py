@@ -52,6 +52,9 @@ def test_colours_stay_colours():
     image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     image[0, 1], image[0, 2] = 100, 200
     assert np.asarray(tile(image, 1))[9, 9].tolist() == [0, 100, 200]
+    four = torch.cat([image, image[:, 1:2]], dim=1)
+    assert np.asarray(tile(four, 1))[9, 9].tolist() == [0, 100, 200]
+    assert np.asarray(tile(image[:, 1:], 1))[9, 9].tolist() == [100, 100, 100]
 
 
 def test_rows_are_classes():

@@ -19,7 +19,7 @@ from fused_ddpm.pixels import (
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 H, W = 7, 5
@@ -322,6 +322,22 @@ def test_tiffs_come_upright(tmp_path, compression):
     assert np.array_equal(picture.values[..., 0], np.rot90(array, -1)) and picture.orientation == 1
     assert read_header(path).size == (W, H)
     assert np.array_equal(np.asarray(Image.open(written)), np.rot90(array, -1))
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff", "webp"])
+def test_a_colour_profile_goes_along(tmp_path, ending):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    path = save(tmp_path / f"a.{ending}", Image.fromarray(colours(3)), icc_profile=profile)
+    save(tmp_path / "a.mask.png", ~HOLES)
+    _, written = filled_with(path, 0)
+    assert Image.open(written).info["icc_profile"] == profile
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int32, np.uint8])
+def test_whole_numbers_are_clipped_to_their_range(dtype):
+    info = np.iinfo(dtype)
+    low, middle, high = as_dtype(np.array([-1e30, 6.6, 1e30]), dtype).tolist()
+    assert low == info.min and middle == 7 and 0.999 * info.max < high <= info.max
 
 
 def test_plain_text_formats(tmp_path):

@@ -13,22 +13,24 @@ import torch
 from helpers import make_config
 
 
-def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path):
+def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path, capsys):
     g = torch.Generator().manual_seed(0)
     truth, score = torch.rand(3, 1, 8, 8, generator=g), torch.rand(3, 1, 8, 8, generator=g)
     found = {"truth": truth, "cond_mask": score < 0.2, "target_mask": score > 0.7}
-    found["draws"], written, said = torch.rand(2, 3, 1, 16, 16, generator=g), {}, []
+    found["draws"], written = torch.rand(2, 3, 1, 16, 16, generator=g), {}
     at_truth = resize(found["draws"].flatten(0, 1), 8).clamp(0, 1).view(2, 3, 1, 8, 8)
     config = SimpleNamespace(sparsity=[0.2], test_sparsity=None)
-    called = dict(write=written.__setitem__, say=said.append)
-    run = SimpleNamespace(leads=True, dir=tmp_path, config=config, **called)
+    run = SimpleNamespace(leads=True, dir=tmp_path, config=config, write=written.__setitem__)
     write_results(run, found, regions=("unseen", "query"))
     assert written["reconstructions.npz"] is found
     assert written["samples.npy"].shape == (3, 16, 16, 1)
     expected = psnr(at_truth.mean(0), truth, ~found["cond_mask"])
     assert written["metrics.json"]["psnr"]["mean"] == pytest.approx(expected)
     names = {"metrics.json", "reconstructions.npz", "samples.npy", "reconstructions.png"}
-    assert written.keys() == names | {"ranks.png"} and len(said) == 3
+    assert written.keys() == names | {"ranks.png"}
+    said = capsys.readouterr().out
+    assert "unseen pixels only:" in said and "query pixels only:" in said
+    assert said.endswith(f"metrics.json and reconstructions.npz are in {tmp_path}/\n")
 
     run.leads = False  # another process
     written.clear()

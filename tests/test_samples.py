@@ -232,6 +232,22 @@ def test_labels_and_samples_of_a_folder_by_class_keep_their_order(tmp_path):
     assert read_labels(tmp_path / "labels.npy", 24, 2).tolist() == [0] * 12 + [1] * 12
 
 
+def test_images_of_a_folder_are_square_complete_and_of_bytes(tmp_path):
+    holes = np.full((8, 8, 2), 100, np.uint8)
+    holes[:4, :, 1] = 0
+    for name, image in {
+        "wide": Image.new("L", (16, 8)),
+        "deep": Image.fromarray(np.full((8, 8), 1000, np.uint16)),
+        "holes": Image.fromarray(holes),
+    }.items():
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            image.save(tmp_path / name / f"{i}.png")
+        said = f"{name}: its images must be square, complete and of 8 bits"
+        with pytest.raises(DataError, match=said):
+            read_samples(tmp_path / name)
+
+
 def test_a_folder_in_its_place_is_found_at_the_start(path):
     path.mkdir(parents=True)
     with pytest.raises(DataError, match=r"samples.npy: is a folder"):

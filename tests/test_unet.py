@@ -9,8 +9,8 @@ from fused_ddpm.config import preset_values
 from fused_ddpm.devices import round_weights
 from fused_ddpm.unet import (
     Attention,
-    GroupNorm,
     LinearAttention,
+    NormSilu,
     ResBlock,
     TimeEmbedding,
     Unet,
@@ -70,7 +70,7 @@ def test_it_starts_as_nothing_and_its_blocks_as_the_identity():
 
 @pytest.mark.parametrize("channels, groups", [(8, 8), (12, 4), (33, 1), (128, 8)])
 def test_groups_divide_the_channels(channels, groups):
-    assert GroupNorm(channels).num_groups == groups
+    assert NormSilu(channels).num_groups == groups
 
 
 def test_dropout_is_there_in_training_alone():
