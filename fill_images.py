@@ -161,16 +161,18 @@ def draw(model, picture, config, scale, name=None, tick=lambda: None):
     They are a function of the picture, of name, by default its file's, and of config.seed. tick is
     called at each step. Raises DataError where the checkpoint is for other images.
     """
-    check(picture, len(model.fill.mean), scale)
+    channels = len(model.fill.mean)
+    check(picture, channels, scale)
     values = upright(picture.values, picture.orientation)
     observed = torch.from_numpy(upright(picture.observed, picture.orientation).copy())
-    image = torch.from_numpy(scale.to_unit_range(values)).movedim(-1, 0)
+    image = torch.from_numpy(scale.to_unit_range(values)).movedim(-1, 0).expand(channels, -1, -1)
     text = int.from_bytes((name or picture.path.name).encode(), "big")
     seeds = [mix(config.seed, k, text) for k in range(config.num_draws)]
     inputs = (x.to(config.device) for x in (image, observed, torch.tensor(seeds)))
     for x_t in sample(model, *inputs, config):
         tick()
     back = {6: 8, 8: 6}.get(picture.orientation, picture.orientation)
+    x_t = x_t if values.shape[-1] == channels else x_t.mean(1, keepdim=True)  # grey stays grey
     draws = x_t.movedim(1, -1).cpu().numpy()
     return np.stack([upright(x, back) for x in draws])
 

@@ -48,7 +48,7 @@ def find(path):
 def check(picture, channels, scale):
     """DataError unless a Picture has the channels of a checkpoint, and values for its scale."""
     path, (height, width, here) = picture.path, picture.values.shape
-    if here != channels:
+    if here != channels and (here, channels) != (1, 3):  # grey among colours
         raise DataError(f"{path}: has {here} channels, the checkpoint is for {channels}")
     of_bytes = scale == Scale()
     if (picture.values.dtype == np.uint8) != of_bytes:

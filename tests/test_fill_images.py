@@ -251,6 +251,21 @@ def test_files_of_other_types_keep_them(folder, deep_checkpoint):
     assert std.dtype == np.float32 and 100 < std[np.isnan(metres)].mean() < 4000  # metres
 
 
+def test_grey_among_colours_stays_grey(folder, checkpoint):
+    """It is filled as the same in colours would be, and the draws' channels are averaged."""
+    pixels = rgba(folder / "ink.png", 16, 16)
+    pixels[..., :3] = pixels[..., :1]
+    (folder / "grey").mkdir()
+    Image.fromarray(pixels[..., [0, 3]]).save(folder / "grey" / "ink.png")
+    Image.fromarray(pixels).save(folder / "ink.png")
+    grey = fill(checkpoint, folder / "grey", folder / "grey-out")
+    colour = fill(checkpoint, folder / "ink.png", folder / "ink-out")
+    assert Image.open(grey / "ink.png").mode == "LA"
+    one, three = (np.load(out / "ink.draws.npy").astype(int) for out in (grey, colour))
+    assert one.shape == (*three.shape[:3], 1) and np.ptp(three, axis=-1).max() > 20
+    assert abs(one - three.mean(-1, keepdims=True)).max() <= 1
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_on_its_side_is_filled_upright(checkpoint, folder, orientation):
     """Whatever EXIF says: the network sees the same, and the draws lie as the file does."""
