@@ -274,7 +274,7 @@ def train(run, model, ema, data, config):
             run.write(f"step_{step + 1:06d}.png", draw_rows(*drawn, data.class_names))
         if run.saves(step):  # also when told to stop
             run.save(step)
-    run.finish(data, lambda part: held_out_losses(ema, part, alphas_cumprod, config))
+    run.finish((x, held_out_losses(ema, x, alphas_cumprod, config)) for x in run.whole_sets(data))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
@@ -330,20 +331,25 @@ class Run:
             self.write("last.pt", about | {"config": config} | self.state | states)
             self._write_beside()
 
-    def finish(self, data, losses_of):
-        """After training: losses over the whole validation and test sets, or the first of each;
-        "final" in history.json, and printed. losses_of: of a batch, {"val_loss": (), ...}."""
+    def whole_sets(self, data):
+        """All of the validation and test sets, or the first images: this process's batches."""
+        self.sets = data.held_out.keys()
         most = min(data.most_held_out, WHOLE[self.config.preset])
-        totals = {f"{name}_loss": torch.zeros(2, device=self.device) for name in data.held_out}
         first = range(0, most, 128)[rank() :: world()]
         for i in tqdm(first, "whole sets", unit="batch", leave=False, disable=rank() > 0):
-            batch = data.held_out_batch(i, min(128, most - i))
-            for name, loss in losses_of(batch).items():
+            yield data.held_out_batch(i, min(128, most - i))
+
+    def finish(self, measured):
+        """After training: the mean losses over whole_sets, as "final" in history.json, and printed.
+        measured: (a batch of these, its {"val_loss": (), ...}), one after the other."""
+        totals = defaultdict(lambda: torch.zeros(2, device=self.device))
+        for batch, losses in measured:
+            for name, loss in losses.items():
                 n = len(batch[name.removesuffix("_loss")][1])
                 totals[name] += torch.stack([n * loss, torch.full_like(loss, n)])
         final, shown = {"images": {}}, []
-        for name, total in totals.items():
-            loss, n = sum_over(total).tolist()
+        for name in (f"{name}_loss" for name in self.sets):
+            loss, n = sum_over(totals[name]).tolist()
             if n:
                 final[name], final["images"][name.removesuffix("_loss")] = loss / n, int(n)
                 shown.append(f"{name} {loss / n:.4f} ({n:.0f} images)")
