@@ -97,7 +97,7 @@ def write(path, content):
     torch.save takes, for .png or .gif a matplotlib figure or frames; or what has a save(path), as a
     picture of PIL.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if hasattr(content, "save"):
