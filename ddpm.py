@@ -1,7 +1,7 @@
 """Denoising diffusion (DDPM, Ho et al. 2020): learn to undo a little noise, then make images.
 
 Forward: a fixed process adds noise in T steps, x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise.
-All steps up to t are one (Eq. 4). With a_t the product of their 1 - beta (alphas_cumprod[t - 1]):
+All steps up to t are one (Eq. 4), a_t the product of their 1 - beta (the code counts t from 0):
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise
 

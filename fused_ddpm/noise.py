@@ -34,7 +34,7 @@ def philox(counter, key):
 def random_words(keys, n, step, stream):
     """Uniform words, (B, n) int64 in [0, 2^32), from keys (B,) int64.
 
-    step and stream are 32-bit ints or 0-dim tensors.
+    step and stream are 32-bit ints or tensors of one element.
     """
     group = torch.arange((n + 3) // 4, device=keys.device)
     zeros = torch.zeros_like(group)

@@ -69,6 +69,14 @@ def check_devices(op, first, **tensors):
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first.device}")
 
 
+def check_shapes(op, **given):
+    """ValueError unless each of name=(tensor, shapes...), if there, has one of the shapes."""
+    for name, (tensor, *shapes) in given.items():
+        if tensor is not None and tensor.shape not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {expected}")
+
+
 # --------------------------------------------------------------------------------------------------
 # One reverse step.
 
@@ -77,9 +85,8 @@ def posterior_step_reference(
     x_t, out, coefficients, step, seeds, out_uncond=None, guidance_scale=1.0, stream=0, clip=True
 ):
     """posterior_step in PyTorch; x_t may also be float64 here, then so is all arithmetic."""
-    if out.shape != x_t.shape:
-        shapes = f"{list(out.shape)}, expected {list(x_t.shape)}"
-        raise ValueError(f"posterior_step: out has shape {shapes}")
+    outs = dict(out=(out, x_t.shape), out_uncond=(out_uncond, x_t.shape))
+    check_shapes("posterior_step", **outs, seeds=(seeds, x_t.shape[:1]))
     k_x, k_o, a, b, s = coefficients[step].to(x_t.dtype).reshape(5).unbind()
     out = out.to(x_t.dtype)
     if out_uncond is not None:
@@ -157,9 +164,9 @@ def masked_loss_reference(
 ):
     """masked_loss in PyTorch."""
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
-    if pred.shape != target.shape:
-        shapes = f"{list(target.shape)}, expected {list(pred.shape)}"
-        raise ValueError(f"masked_loss: target has shape {shapes}")
+    shapes = (*pred.shape[:1], 1, *pred.shape[2:]), pred.shape
+    masks = dict(target_mask=(target_mask, *shapes), cond_mask=(cond_mask, *shapes))
+    check_shapes("masked_loss", target=(target, pred.shape), **masks)
     distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}[kind]
     d = distance(pred.to(dtype), target.to(dtype), reduction="none")
     w = torch.ones_like(d) if target_mask is None else target_mask.to(dtype)

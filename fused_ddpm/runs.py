@@ -111,6 +111,8 @@ class Run:
         try:
             for samples, scratch in self.files if error is None else []:
                 samples.discard() if scratch else samples.keep()
+            if error is None and self.files and not (self.dir / "last.pt").exists():
+                self.write("config.json", asdict(self.config))  # for evaluate.py: of what data
         except OSError as failed:
             error = failed
         if self.bar is not None:
@@ -202,9 +204,7 @@ class Run:
             # Not to be taken for the new run's.
             for name in "gaussian.npz", "step_*.png", "tensorboard/*":
                 self.old.update(self.dir.glob(name))
-        if config.sample and not there:  # for evaluate.py: of what data the samples are
-            self.write("config.json", asdict(config))
-        elif not config.sample and (self.checkpoint or not there):
+        if not config.sample and (self.checkpoint or not there):
             self._write_beside()
         self.tracker.start(self)
 

@@ -170,7 +170,8 @@ def read_samples(path):
                 raise DataError(f"{path}: its images are of {len(sizes)} sizes; make them one")
             height, width = sizes.pop()
             if not plain or height != width:
-                raise DataError(f"{path}: its images must be square, complete and of 8 bits")
+                wanted = "its images must be square, complete, of 8 bits and no arrays"
+                raise DataError(f"{path}: {wanted}")
             read = lambda file: read_whole(file[0], channels == 1, width)
             return torch.stack(read_all(read, list_folder(path)[0]))
         except DataError as error:  # of folders.py, which knows folders as --data

@@ -406,9 +406,17 @@ def test_shapes_that_differ_are_named(either):
     x, out, _, seeds = inputs((2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"out has shape \[1, 3, 8, 8\], expected \[2, 3, 8, 8\]"):
         posterior_step(x, out[:1], COEFFICIENTS, 0, seeds)
+    with pytest.raises(ValueError, match=r"out_uncond has shape \[1, 3, 8, 8\]"):
+        posterior_step(x, out, COEFFICIENTS, 0, seeds, out[:1], 2.0)
+    with pytest.raises(ValueError, match="seeds .*shape"):
+        posterior_step(x, out, COEFFICIENTS, 0, seeds[:1])
     pred, target, mask, _ = loss_inputs((2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"target has shape \[1, 3, 8, 8\], expected \[2, 3, 8"):
         masked_loss(pred, target[:1], mask)
+    for wrong in (mask[0, 0], mask[:1], mask[..., :4]):
+        for masks in ((wrong,), (mask, wrong)):
+            with pytest.raises(ValueError, match=r"mask has shape .*, expected .* or .*"):
+                masked_loss(pred, target, *masks)
 
 
 def test_tensors_elsewhere_are_named(either):

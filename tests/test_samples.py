@@ -243,7 +243,7 @@ def test_images_of_a_folder_are_square_complete_and_of_bytes(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(3):
             image.save(tmp_path / name / f"{i}.png")
-        said = f"{name}: its images must be square, complete and of 8 bits"
+        said = f"{name}: its images must be square, complete, of 8 bits and no arrays"
         with pytest.raises(DataError, match=said):
             read_samples(tmp_path / name)
 

@@ -70,7 +70,7 @@ def test_it_starts_as_nothing_and_its_blocks_as_the_identity():
 
 @pytest.mark.parametrize("channels, groups", [(8, 8), (12, 4), (33, 1), (128, 8)])
 def test_groups_divide_the_channels(channels, groups):
-    assert NormSilu(channels).num_groups == groups
+    assert NormSilu(channels).num_groups == Attention(channels).norm.num_groups == groups
 
 
 def test_dropout_is_there_in_training_alone():
