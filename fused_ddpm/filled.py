@@ -46,7 +46,7 @@ def find(path):
 
 
 def check(picture, channels, scale):
-    """DataError unless a Picture has a checkpoint's channels, or is grey, and values of its kind."""
+    """DataError unless a Picture has a checkpoint's channels, or grey, and values of its kind."""
     path, (height, width, here) = picture.path, picture.values.shape
     if here != channels and (here, channels) != (1, 3):  # grey among colours
         raise DataError(f"{path}: has {here} channels, the checkpoint is for {channels}")

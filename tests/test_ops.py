@@ -408,7 +408,7 @@ def test_shapes_that_differ_are_named(either):
         posterior_step(x, out[:1], COEFFICIENTS, 0, seeds)
     with pytest.raises(ValueError, match=r"out_uncond has shape \[1, 3, 8, 8\]"):
         posterior_step(x, out, COEFFICIENTS, 0, seeds, out[:1], 2.0)
-    with pytest.raises(ValueError, match="seeds .*shape"):
+    with pytest.raises(ValueError, match=r"seeds .*shape"):
         posterior_step(x, out, COEFFICIENTS, 0, seeds[:1])
     pred, target, mask, _ = loss_inputs((2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"target has shape \[1, 3, 8, 8\], expected \[2, 3, 8"):
