@@ -23,7 +23,10 @@ def run(tmp_path, *arguments):
     return subprocess.run(command, cwd=tmp_path, preexec_fn=heeded, **options)
 
 
-@pytest.mark.parametrize("script", [*bench.SCRIPTS, "evaluate", "fill_images", "bench"])
+OTHERS = "bench", "complete_images", "evaluate", "fill_images"
+
+
+@pytest.mark.parametrize("script", [*bench.SCRIPTS, *OTHERS])
 def test_one_line(tmp_path, script):
     done = run(tmp_path, HERE / f"{script}.py")
     assert (done.stdout, done.stderr) == ("", f"{script}.py: interrupted\n")
