@@ -76,14 +76,13 @@ def complete(model, data, index, seeds, parts, config):
     return torch.where(observed, x, x_t)
 
 
-def save(folder, names, images, scale):
-    """PNGs of what is in bytes, else .npy files in the units of the data."""
-    for name, x in zip(names, images.cpu().movedim(1, -1), strict=True):
-        if scale is None and x.shape[-1] in (1, 3):
-            write(folder / f"{name}.png", Image.fromarray(to_bytes(x).squeeze(-1).numpy()))
-        else:
-            values = to_bytes(x).numpy() if scale is None else scale.to_values(x, "float32")
-            write(folder / f"{name}.npy", values)
+def save(path, x, scale):
+    """An image (C, H, W) in [-1, 1], as .png or .npy: bytes, or with a scale the data's units."""
+    x = x.movedim(0, -1).cpu()
+    values = to_bytes(x).numpy() if scale is None else scale.to_values(x, "float32")
+    if path.suffix == ".png":
+        values = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+    write(path, values)
 
 
 def run(checkpoint, flags):
@@ -100,18 +99,19 @@ def run(checkpoint, flags):
 
     settings = [flags.seed, hashlib.sha256(checkpoint.read_bytes()).hexdigest()]
     with occupied(out):
-        record = out / "made_from.json"
-        if record.exists() and json.loads(record.read_text()) != settings:
+        record, scale, labels = out / "made_from.json", data.train.scale, data.train.labels
+        if record.exists() and record.read_text() != json.dumps(settings, indent=1):
             raise UserError(f"--out-dir {out}: holds images of another checkpoint or seed")
         write(record, settings)
+        ending = "png" if scale is None and data.shape[0] in (1, 3) else "npy"
         for batch in tqdm(index.split(config.batch_size), "completing", unit="batch"):
-            classes = data.train.labels[batch].tolist()
-            folder = [data.class_names[c] + "/" if data.class_names else "" for c in classes]
-            names = [f"{at}{i:06d}" for at, i in zip(folder, batch.tolist(), strict=True)]
-            if all(any(out.glob(f"{name}.*")) for name in names):
+            classes = [data.class_names[c] if c >= 0 else "" for c in labels[batch].tolist()]
+            paths = [out / at / f"{i:06d}.{ending}" for at, i in zip(classes, batch, strict=True)]
+            if all(path.exists() for path in paths):
                 continue  # from an earlier run
             images = complete(model, data, batch, (flags.seed << 32) + batch, parts, config)
-            save(out, names, images, data.train.scale)
+            for path, x in zip(paths, images, strict=True):
+                save(path, x, scale)
     print(f"they are in {out}/; go on with python sparse_ddpm.py --data {out} --out-dir ...")
 
 
