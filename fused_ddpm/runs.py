@@ -113,7 +113,7 @@ class Run:
                 samples.discard() if scratch else samples.keep()
             if error is None and self.files and not (self.dir / "last.pt").exists():
                 self.write("config.json", asdict(self.config))  # for evaluate.py: of what data
-        except OSError as failed:
+        except (OSError, UserError) as failed:
             error = failed
         if self.bar is not None:
             self.bar.close()

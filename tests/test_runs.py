@@ -151,6 +151,24 @@ def test_interrupted_sampling_goes_on_where_it_stopped(script, tmp_path, monkeyp
     assert whole == parts and "config.json" in whole  # of samples that are there, not before
 
 
+def test_an_end_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    """The samples are whole by then, and stay."""
+    run_tiny(ddpm, tmp_path / "run", "--steps", "1")
+    write = runs.write
+
+    def full(path, content):
+        if path.name == "config.json":
+            raise UserError(f"{path}: cannot be written (No space left on device)")
+        write(path, content)
+
+    monkeypatch.setattr(runs, "write", full)
+    before = signal.getsignal(signal.SIGINT)
+    call = lambda: ddpm.main(["--sample", str(tmp_path / "run/last.pt"), "--num-samples", "3"])
+    assert "config.json: cannot be written" in exits_with(1, capsys, call)
+    assert np.load(tmp_path / "run/sample/samples.npy").shape == (3, 16, 16, 3)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 # -- several processes -----------------------------------------------------------------------------
 
 
