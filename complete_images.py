@@ -34,7 +34,7 @@ from tqdm import tqdm
 class Completing:
     out_dir: str | None = flag(None, "where they go; completed/ beside the checkpoint")
     num_images: int = flag(16_000, "of the training images, at most")
-    batch_size: int | None = flag(None, "images in a network call; by default the run's")
+    batch_size: int = flag(32, "images in a network call")
     seed: int = flag(0, "of the draws", within="[0, 2147483647]")
     device: str = flag("auto", "cuda, cpu, ...; auto takes the GPU if there is one")
     amp: str = flag("auto", "bfloat16 where the hardware multiplies it", ["auto", "on", "off"])
@@ -53,8 +53,7 @@ def training_images(path, config):
     """The Data that a checkpoint's run was trained on. Raises UserError if they have changed."""
     facts = read_checkpoint(sparse_ddpm.Config, path, "sparse_ddpm")["facts"]
     data = Data(config, facts)
-    if data.fingerprint["images"] != facts["images"]:
-        raise UserError(f"--data {data.name}: other images than the run was made with")
+    data.check_same(facts)
     return data
 
 
@@ -63,14 +62,12 @@ def read(data, index, config):
     return observe(data.train[index], (config.seed << 32) + index, config.observed_only)
 
 
-@torch.no_grad()
-def complete(model, data, index, seeds, parts, config):
+def complete(sample, data, index, seeds, config):
     """Training images (B, C, H, W) in [-1, 1], with a draw where the run never read them.
 
-    index: int64 (B,); seeds: of the draws, like index; parts: in how many they are drawn.
+    sample: see make_sampler. index: int64 (B,); seeds: of the draws, like index.
     """
     x, observed = read(data, index, config)
-    sample = sparse_ddpm.make_sampler(model, data.shape, config, parts)
     for x_t in sample(seeds, x, observed, data.train.labels[index]):
         pass
     return torch.where(observed, x, x_t)
@@ -86,8 +83,7 @@ def save(path, x, scale):
 
 
 def run(checkpoint, flags):
-    changes = {} if flags.batch_size is None else {"batch_size": flags.batch_size}
-    model, config, _ = load(checkpoint, flags.device, flags.amp, **changes)
+    model, config, _ = load(checkpoint, flags.device, flags.amp, batch_size=flags.batch_size)
     if not config.observed_only:
         raise UserError(f"{checkpoint}: has learnt from whole images; nothing is to be completed")
     data = training_images(checkpoint, config)
@@ -95,6 +91,7 @@ def run(checkpoint, flags):
     index = torch.arange(min(flags.num_images, len(data.train)), device=config.device)
     _, observed = read(data, index[:1024], config)
     parts = model.fill.parts(1 - observed.float().mean().item())
+    sample = sparse_ddpm.make_sampler(model, data.shape, config, parts)
     print(f"complete_images.py: {len(index)} images in {parts} parts, device {config.device}")
 
     settings = [flags.seed, hashlib.sha256(checkpoint.read_bytes()).hexdigest()]
@@ -109,7 +106,7 @@ def run(checkpoint, flags):
             paths = [out / at / f"{i:06d}.{ending}" for at, i in zip(classes, batch, strict=True)]
             if all(path.exists() for path in paths):
                 continue  # from an earlier run
-            images = complete(model, data, batch, (flags.seed << 32) + batch, parts, config)
+            images = complete(sample, data, batch, (flags.seed << 32) + batch, config)
             for path, x in zip(paths, images, strict=True):
                 save(path, x, scale)
     print(f"they are in {out}/; go on with python sparse_ddpm.py --data {out} --out-dir ...")

@@ -168,6 +168,15 @@ class Data:
         labels = hash_of([part.labels for part in parts])
         return {"class_names": list(class_names(self.name)), "images": images, "labels": labels}
 
+    def check_same(self, known):
+        """Facts and fingerprint; UserError unless they are those known of a run, if any are."""
+        facts = self.facts | self.fingerprint
+        for name in facts:
+            if known and facts[name] != known.get(name):
+                other = f"other {name.replace('_', ' ')} than the run was made with"
+                raise UserError(f"--data {self.name}: {other}; bring them back, or start anew")
+        return facts
+
     @property
     def images(self):
         return self._train[1].images

@@ -211,13 +211,13 @@ def masked_loss(pred, target, target_mask=None, cond_mask=None, cond_weight=0.05
 
 def norm_silu_reference(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
     """norm_silu in PyTorch."""
-    one, each = {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift}
-    wrong = [name for name, t in one.items() if t.shape != x.shape[1:2]]
-    wrong += [name for name, t in each.items() if t is not None and t.shape != x.shape[:2]]
-    if x.dim() != 4 or groups < 1 or x.shape[1] % groups or (scale is None) != (shift is None):
-        wrong.append(f"{groups} groups")
-    if wrong:
-        raise ValueError(f"norm_silu: {', '.join(wrong)} do not fit x of shape {tuple(x.shape)}")
+    one, each = x.shape[1:2], x.shape[:2]
+    check_shapes("norm_silu", weight=(weight, one), bias=(bias, one))
+    check_shapes("norm_silu", scale=(scale, each), shift=(shift, each))
+    if (scale is None) != (shift is None):
+        raise ValueError("norm_silu: scale and shift come together")
+    if x.dim() != 4 or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"norm_silu: {groups} groups do not fit x of shape {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"norm_silu: x must be floating point, got {x.dtype}")
     wide = torch.promote_types(x.dtype, torch.float32)

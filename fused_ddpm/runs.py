@@ -159,7 +159,7 @@ class Run:
         config = self.config
         size, count = "x".join(map(str, data.shape)), ""
         if not config.sample:
-            self._check_facts(data)
+            self.state["facts"] = data.check_same(self.facts)
             n = len(data.images)
             count = f"{n} images of "
             if config.steps is None:
@@ -172,15 +172,6 @@ class Run:
               f"device {self.device}{precision}")  # fmt: skip
         print(f"extension: {status()}")
         print(f"{millions:.2f}M parameters, output in {self.dir}/")
-
-    def _check_facts(self, data):
-        """A run goes on with the data it was made with, or not at all."""
-        known, facts = self.facts, data.facts | data.fingerprint
-        for name in facts:
-            if known and facts[name] != known.get(name):
-                other = f"other {name.replace('_', ' ')} than the run was made with"
-                raise UserError(f"--data {data.name}: {other}; bring them back, or start anew")
-        self.state["facts"] = facts
 
     def restore(self, **parts):
         """Load each part, name=module or optimizer, from the checkpoint if the run has one."""
