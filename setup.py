@@ -65,7 +65,7 @@ def extensions(cuda_home):
     """[(extension, its backends)], the one to try first in front; all are the same module."""
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = ["csrc/ops.cpp", "csrc/ops_cpu.cpp", "csrc/norm_cpu.cpp"]
+    sources = [f"csrc/{name}_cpu.cpp" for name in ("ops", "norm", "linear")] + ["csrc/ops.cpp"]
     options = {"extra_link_args": ["-fopenmp"] if LINUX else []}
     cpu = CppExtension(NAME, sources, extra_compile_args={"cxx": CXX_FLAGS}, **options)
     if not cuda_home:

@@ -144,6 +144,7 @@ TORCH_LIBRARY(fused_ddpm, m) {
       "norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? scale, "
       "Tensor? shift, Tensor stats, "
       "int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_weights(Tensor covariance, Tensor mask, Tensor off) -> Tensor");  // of a CPU only
 }
 
 TORCH_LIBRARY_IMPL(fused_ddpm, Autograd, m) {

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.masks import make_masks, observe, pattern_names, places_of
+from fused_ddpm.ops import fused
 from fused_ddpm.processes import rank, wait
 
 import numpy as np
@@ -188,25 +189,11 @@ class LinearFill(nn.Module):
         if not len(self.covariance):
             filled, density = set_convolution(x, mask, self.fraction)
             return filled, 1 / (1 + density)
-        (n, c, h, w), seen = x.shape, mask.flatten(1)
-        o, there, among = self._among(seen)
-        at = o[:, :, None].expand(-1, -1, c)
-        off = ((x - self.mean) * mask).flatten(2).transpose(1, 2).gather(1, at)
-        weights = torch.cholesky_solve(off, torch.linalg.cholesky_ex(among)[0])
-        weights = x.new_zeros(n, h * w, c).scatter_(1, at, weights * there[:, :, None])
-        filled = (weights.transpose(1, 2) @ self.covariance).view(x.shape) + self.mean
+        seen, off = mask.flatten(1), ((x - self.mean) * mask).flatten(2)
+        weights = linear_weights(self.covariance, seen, off)
+        filled = (weights @ self.covariance).view(x.shape) + self.mean
         said = (seen.to(x.dtype) @ self.said) ** (1 / SHARP)
-        return filled, (self.covariance.diagonal() / (1 + said)).view(n, 1, h, w)
-
-    def _among(self, mask):
-        """(places (N, M), whether there is one, covariance (N, M, M)) of the pixels that are set in
-        a mask (N, H W); where an image has fewer than M, rows of the unit matrix."""
-        o, there = places_of(mask)
-        among = self.covariance[o[:, :, None], o[:, None, :]]
-        if not there.all():
-            both = there[:, :, None] & there[:, None, :]
-            among = torch.where(both, among, torch.eye(o.shape[1], device=mask.device))
-        return o, there, among
+        return filled, (self.covariance.diagonal() / (1 + said)).view(mask.shape)
 
     def couple(self, white, seen, state):
         """Noise x_T from which the state, some of the pixels, is to be drawn given the seen ones.
@@ -222,8 +209,8 @@ class LinearFill(nn.Module):
         if self.root is None:
             self.root = torch.linalg.cholesky_ex(self.covariance.double())[0]
         y = white.flatten(2).double() @ self.root.T
-        s, there, of_state = self._among(state.flatten(1))
-        o, known, of_seen = self._among(seen.flatten(1))
+        s, there, of_state = among(self.covariance, state.flatten(1))
+        o, known, of_seen = among(self.covariance, seen.flatten(1))
         cross = self.covariance[o[:, :, None], s[:, None, :]]
         cross = torch.where(known[:, :, None] & there[:, None, :], cross, 0).double()
         s, o = (x[:, None].expand(-1, white.shape[1], -1) for x in (s, o))
@@ -260,6 +247,37 @@ PRIORS = 100, 1000, 10**4, 10**5  # rows of data that the mean over pairs at a d
 COMPLETIONS, RANK = 2, 150  # how often, and by a model of what rank, missing pixels are drawn
 RIDGE = 1e-4  # added to variances: no pixel is known better than that
 SHARP = 3  # how much more the most telling one of the seen pixels counts
+
+
+def among(covariance, mask):
+    """(places (N, M), whether there is one, their covariance (N, M, M)) of the pixels that are set
+    in a mask (N, n); where an image has fewer than M, rows of the unit matrix."""
+    o, there = places_of(mask)
+    found = covariance[o[:, :, None], o[:, None, :]]
+    if not there.all():
+        both = there[:, :, None] & there[:, None, :]
+        unit = torch.eye(o.shape[1], dtype=found.dtype, device=found.device)
+        found = torch.where(both, found, unit)
+    return o, there, found
+
+
+def linear_weights_reference(covariance, mask, off):
+    """linear_weights in PyTorch."""
+    o, there, matrix = among(covariance, mask)
+    at = o[:, None].expand(-1, off.shape[1], -1)
+    root = torch.linalg.cholesky_ex(matrix)[0]
+    weights = torch.cholesky_solve(off.gather(2, at).mT, root).mT * there[:, None]
+    return torch.zeros_like(off).scatter_(2, at, weights)
+
+
+def linear_weights(covariance, mask, off):
+    """K_OO^-1 off_O, where O are the pixels that are set in an image's mask; elsewhere 0.
+
+    covariance K: (n, n). mask: bool (N, n). off: (N, C, n), like what is returned.
+    """
+    if off.is_cpu and fused(off.device):
+        return torch.ops.fused_ddpm.linear_weights(covariance, mask, off)
+    return linear_weights_reference(covariance, mask, off)
 
 
 def set_apart(data):

@@ -4,6 +4,8 @@
     masked_loss      a loss weighted by pixel masks, with its gradient
     norm_silu        what stands before each convolution: GroupNorm, scale and shift, SiLU
 
+and in linear.py, for a CPU, linear_weights, of the best linear guess.
+
 They run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the
 reference here, and give the same numbers up to rounding. `status()` tells which and why;
 FUSED_DDPM=0 in the environment forces the reference.
@@ -41,7 +43,7 @@ def _load_extension():
         torch.ops.load_library(library)
     except OSError as error:
         return (), f"cannot be loaded ({error}); to rebuild: pip install -e ."
-    if not hasattr(torch.ops.fused_ddpm, "norm_silu_backward"):
+    if not hasattr(torch.ops.fused_ddpm, "linear_weights"):
         return (), "built from older sources; to rebuild: pip install -e ."
     return tuple(record["backends"]), reason
 
@@ -256,6 +258,10 @@ def _register():
         others = dict(out_uncond=out_uncond, coefficients=coefficients, step=step, seeds=seeds)
         check_devices("posterior_step", x_t, out=out, **others)
         return torch.empty_like(dense(x_t))
+
+    @torch.library.register_fake("fused_ddpm::linear_weights")
+    def _(covariance, mask, off):
+        return off.new_empty(off.shape)
 
     @torch.library.register_fake("fused_ddpm::masked_loss")
     def _(pred, target, target_mask, cond_mask, cond_weight, kind, gradient):

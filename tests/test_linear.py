@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from fused_ddpm import linear
+from fused_ddpm import linear, ops
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.folders import Part
 from fused_ddpm.linear import PRIORS, RIDGE, SHARP, LinearFill, telling_order
@@ -75,6 +75,27 @@ def test_the_filled_image_is_the_conditional_mean(counts, dtype, error):
         torch.testing.assert_close(alone[3], filled[i : i + 1], rtol=0, atol=error)
         torch.testing.assert_close(alone[4], variance[i : i + 1], rtol=0, atol=error)
     assert filled.dtype == variance.dtype == dtype and variance.shape == seen.shape
+
+
+@pytest.mark.skipif("cpu" not in ops.BACKENDS, reason=ops.REASON)
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_weights_of_kernel_and_reference_agree(dtype, error):
+    covariance, seen = covariance_of(8).to(dtype), random_seen(5, 8, [9, 0, 64, 1, 30]).flatten(1)
+    off = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    kernel = torch.ops.fused_ddpm.linear_weights
+    weights = kernel(covariance, seen, off)
+    expected = linear.linear_weights_reference(covariance, seen, off)
+    torch.testing.assert_close(weights, expected, rtol=error, atol=error)
+    assert torch.equal(weights != 0, seen[:, None].expand_as(off))
+    strided = covariance.T, seen.T.contiguous().T, off.mT.contiguous().mT
+    assert torch.equal(kernel(*strided), weights)
+    torch.library.opcheck(kernel, (covariance, seen, off))
+    for wrong in (covariance[1:], seen, off), (covariance, seen[1:], off), (covariance, seen, seen):
+        with pytest.raises(ValueError, match="do not fit"):
+            kernel(*wrong)
+    for wrong in (covariance, seen.to(dtype), off), (covariance.half(), seen, off):
+        with pytest.raises(TypeError, match="bool, covariance and off of one type"):
+            kernel(*wrong)
 
 
 def test_what_is_not_seen_is_not_asked():
