@@ -49,7 +49,6 @@ from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet, check_sizes
 
 import torch
-import torch.nn as nn
 
 # --------------------------------------------------------------------------------------------------
 # Config: a field is a flag. The first value suits two CPU cores, full= is for a GPU.
@@ -310,8 +309,9 @@ def train(run, model, ema, data, config):
         part, own = data.train[index], run.seeds(index)  # the image's, in every epoch
         mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
         x_start, masks, _ = mask_images(part, own, mask_epoch, config)
-        # As with --spacing 2 most are near 0: far from it x_t says little that is not seen.
-        t = (config.num_timesteps * seeded_uniform(keys, TIMESTEP) ** 2).long()
+        # Most are near 0, as with --spacing 2: elsewhere an x_t of all pixels says little new.
+        u = seeded_uniform(keys, TIMESTEP) ** (1 if config.observed_only else 2)
+        t = (config.num_timesteps * u).long()
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
             x_start, *masks = mirror_half(keys, x_start, *masks)
@@ -323,7 +323,7 @@ def train(run, model, ema, data, config):
         loss = training_loss(network, model.fill, *batch, alphas_cumprod, config)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         update_ema(ema, model, step, config.ema_decay)
         run.log(loss, norm)
