@@ -1,7 +1,9 @@
 """Kriging against its formulas, covariances against those of known Gaussians, also with gaps."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import sparse_ddpm
 from fused_ddpm import linear, ops
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.folders import Part
@@ -11,6 +13,7 @@ from fused_ddpm.masks import hide, in_parts, make_masks, observe
 import pytest
 import torch
 import torch.nn as nn
+from helpers import make_config
 
 
 def covariance_of(side, reach=2.0):
@@ -416,6 +419,15 @@ def test_in_how_many_parts(scored, unseen, parts):
     fill = LinearFill((1, 4, 4), 0.2)
     fill.scored.fill_(scored)
     assert fill.parts(unseen) == parts
+
+
+def test_parts_are_as_large_as_is_scored_where_the_fewest_pixels_are_seen():
+    config = make_config(sparse_ddpm, image_size=8, observed_only=0.5, sparsity=[0.125, 0.25])
+    images = torch.randint(256, (64, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    part = Part(images.to(torch.uint8), torch.zeros(64, dtype=torch.int64), None)
+    fill, run = LinearFill((1, 8, 8), 0.25), SimpleNamespace(seeds=lambda i: i, dir=Path())
+    fill.learn(run, SimpleNamespace(images=part.images, shape=(1, 8, 8), train=part), config)
+    assert fill.scored == 0.5 - 0.125 and fill.parts(0.75) == 2
 
 
 # -- what to measure next --------------------------------------------------------------------------
