@@ -51,6 +51,7 @@ from pathlib import Path
 
 from fused_ddpm import graphs, images, masked_loss, metrics, norm_silu, posterior_step, status
 from fused_ddpm.fill import LARGEST, GaussianFill, interpolate
+from fused_ddpm.linear import linear_weights, linear_weights_reference
 from fused_ddpm.masks import as_tested, held_out_keys, make_masks
 from fused_ddpm.ops import norm_silu_reference
 
@@ -64,6 +65,7 @@ from tqdm import tqdm
 SHAPES = [(1, 3, 32, 32), (16, 1, 32, 32), (64, 3, 32, 32), (256, 3, 32, 32)]
 SHAPES += [(64, 3, 64, 64), (16, 3, 256, 256)]
 NORM_SHAPES = [(32, 16, 32, 32), (32, 64, 16, 16), (32, 96, 8, 8)]  # inside the small presets
+GUESSES = [(32, 10, 10), (32, 20, 20), (32, 20, 30), (32, 5, 50)]  # images, % seen: from .. to
 SCRIPTS = ["toy_diffusion", "ddpm", "sparse_ddpm", "cfg_ddpm", "sparse_ddo"]
 PEERS = ["denoising_diffusion_pytorch", "diffusers"]
 HERE = Path(__file__).parent
@@ -158,6 +160,19 @@ def norm_cases(shape, device):
     return [("norm_silu", *calls, 20 * x.numel())]
 
 
+def guess_cases(shape, device):
+    """The same of linear_weights, of 32x32 pixels; what LAPACK does is not to be compiled."""
+    images, least, most = shape
+    place = torch.cartesian_prod(*[torch.arange(32.0)] * 2)
+    covariance = torch.exp(-torch.cdist(place, place) / 8) + 1e-4 * torch.eye(1024)
+    percent = least * (most / least) ** torch.linspace(0, 1, images)[:, None]
+    mask = torch.rand(images, 1024).argsort(1).argsort(1) < 1024 * percent / 100
+    inputs = covariance, mask, torch.randn(images, 1, 1024) * mask[:, None]
+    calls = [functools.partial(op, *inputs) for op in (linear_weights, linear_weights_reference)]
+    moved = 4 * mask.sum(1).square().sum().item()  # the matrices, read once
+    return [("linear_weights", *calls, None, moved)]
+
+
 def bench_ops(args, job):
     """A dict for each op and shape: seconds of "fused", "eager", "compile", "floor"."""
     source = torch.empty(2**26, device=args.device)
@@ -166,11 +181,12 @@ def bench_ops(args, job):
     print(f"\nops, in microseconds; a large copy moves {bandwidth / 1e9:.1f} GB/s\n")
     rows = []
     shapes = [(cases, s) for s in SHAPES] + [(norm_cases, s) for s in NORM_SHAPES]
+    shapes += [(guess_cases, s) for s in GUESSES if args.device == "cpu"]  # a CPU's kernel
     for make, shape in tqdm(shapes, unit="shape", leave=False):
         torch.compiler.reset()
         for op, fused, eager, compiled, moved in make(shape, args.device):
             calls = {"fused": fused, "eager": eager}
-            calls |= {} if args.no_compile else {"compile": compiled}
+            calls |= {} if args.no_compile or not compiled else {"compile": compiled}
             times = {name: median_seconds(call, args.device) for name, call in calls.items()}
             rows.append({"op": op, "shape": shape, "floor": moved / bandwidth, **times})
     columns, ratios = ["fused", "eager", "compile", "floor"], ["eager", "compile"]

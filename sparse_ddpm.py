@@ -309,7 +309,7 @@ def train(run, model, ema, data, config):
         part, own = data.train[index], run.seeds(index)  # the image's, in every epoch
         mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
         x_start, masks, _ = mask_images(part, own, mask_epoch, config)
-        # Most are near 0, as with --spacing 2: elsewhere an x_t of all pixels says little new.
+        # An x_t of all pixels says little new far from 0: more are near, as with --spacing 2.
         u = seeded_uniform(keys, TIMESTEP) ** (1 if config.observed_only else 2)
         t = (config.num_timesteps * u).long()
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)

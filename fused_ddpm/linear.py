@@ -173,7 +173,6 @@ class LinearFill(nn.Module):
         expected = self.place.double().exp() * error.mean() / about.mean()
         # A bin with few pixels takes, in part, the variance that it stands for.
         self.log_variance.copy_(((total + 100 * expected) / (count + 100)).log())
-        self.scored.copy_(scored.float().mean())
 
     def _errors(self, x, mask, scored):
         """(squared error, about) of the scored pixels, one after the other; see measure, _fill."""
@@ -240,8 +239,8 @@ class LinearFill(nn.Module):
         return x, mask, state, filled, variance.clamp(min=1e-5)
 
     def parts(self, unseen):
-        """In how many parts this fraction of the pixels is as large as the most that training
-        scored: fewer, larger parts take less time and are as good."""
+        """In how many parts this fraction of the pixels is as large as what training scored, on
+        average, where it saw the fewest pixels."""
         return max(math.ceil(unseen / self.scored.item() - 0.01), 1)
 
 
@@ -276,9 +275,10 @@ def linear_weights_reference(covariance, mask, off):
 def linear_weights(covariance, mask, off):
     """K_OO^-1 off_O, where O are the pixels that are set in an image's mask; elsewhere 0.
 
-    covariance K: (n, n). mask: bool (N, n). off: (N, C, n), like what is returned.
+    covariance K: (n, n). mask: bool (N, n). off: (N, C, n), like what is returned; finite. The
+    kernel, of a CPU alone, passes no gradient.
     """
-    if off.is_cpu and fused(off.device):
+    if off.is_cpu and fused(off.device) and not off.requires_grad:
         return torch.ops.fused_ddpm.linear_weights(covariance, mask, off)
     return linear_weights_reference(covariance, mask, off)
 

@@ -4,11 +4,10 @@
     masked_loss      a loss weighted by pixel masks, with its gradient
     norm_silu        what stands before each convolution: GroupNorm, scale and shift, SiLU
 
-and in linear.py, for a CPU, linear_weights, of the best linear guess.
-
 They run in the C++/CUDA extension (csrc/) where it is built for the tensor's device, else in the
 reference here, and give the same numbers up to rounding. `status()` tells which and why;
-FUSED_DDPM=0 in the environment forces the reference.
+FUSED_DDPM=0 in the environment forces the reference. (For a CPU it has one more, linear_weights:
+see linear.py.)
 """
 
 import json
@@ -261,6 +260,7 @@ def _register():
 
     @torch.library.register_fake("fused_ddpm::linear_weights")
     def _(covariance, mask, off):
+        check_devices("linear_weights", off, covariance=covariance, mask=mask)
         return off.new_empty(off.shape)
 
     @torch.library.register_fake("fused_ddpm::masked_loss")

@@ -364,7 +364,6 @@ def test_the_table_is_the_mean_squared_error():
     cond, scored = make_masks(keys, 0, 10, SETTINGS)
     x = gaussian_images(covariance, 1200, 2)
     fill.measure(x, cond, scored)
-    assert fill.scored.item() == pytest.approx(0.2)
 
     def exact_of(x, seen):
         each = [conditional(fill.mean, covariance, *pair)[1] for pair in zip(x, seen, strict=True)]
