@@ -81,6 +81,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     cond_weight: float = flag(0.05, "weight of the observed pixels in the loss", within="[0, 1]")
     mask_mode: str = flag("random_epoch", "when they change", ["random_epoch", "fixed", "random"])
     mask_pattern: str = flag("random", "random, block, grid, walk, several, learned, FILE.npy")
+    time_spacing: float = flag(2.0, "of timesteps: 1 even, 2 closer near 0", within="[1, 4]")
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
     steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=50, later=True)
@@ -309,9 +310,8 @@ def train(run, model, ema, data, config):
         part, own = data.train[index], run.seeds(index)  # the image's, in every epoch
         mask_epoch = {"random_epoch": run.epoch, "fixed": 0, "random": step}[config.mask_mode]
         x_start, masks, _ = mask_images(part, own, mask_epoch, config)
-        # An x_t of all pixels says little new far from 0: more are near, as with --spacing 2.
-        u = seeded_uniform(keys, TIMESTEP) ** (1 if config.observed_only else 2)
-        t = (config.num_timesteps * u).long()
+        # Most are near 0: far from it x_t says little that is not seen.
+        t = (config.num_timesteps * seeded_uniform(keys, TIMESTEP) ** config.time_spacing).long()
         noise = seeded_normal(keys, data.shape, TRAIN_NOISE)
         if config.flip:
             x_start, *masks = mirror_half(keys, x_start, *masks)
