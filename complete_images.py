@@ -9,8 +9,8 @@ EM (Celeux & Diebolt 1985), with a diffusion model as the prior (Rozet et al. 20
     python complete_images.py out/part/last.pt                      # into out/part/completed/
     python sparse_ddpm.py --data out/part/completed --out-dir out/lap
 
-Measured: on two cores of a Xeon 14 images of Fashion-MNIST a second, 19 minutes for 16,000. In
-draws after the lap the spread of the mean of an 8x8 square is .94 of its error; it was .85.
+Measured: on one core of a Xeon 9 images of Fashion-MNIST a second, 19 minutes for 10,000. In draws
+after the lap the spread of the mean of an 8x8 square is .92 of its error; it was .87.
 """
 
 import hashlib
