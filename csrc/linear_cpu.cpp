@@ -1,5 +1,5 @@
 // Weights of the best linear guess, on a CPU: an image at a time, whose matrix stays in the cache.
-// PyTorch would make all matrices first, each as large as the largest, and factor one after another.
+// PyTorch would make all matrices first, as large as the largest, and factor one after the other.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
