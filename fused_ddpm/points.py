@@ -17,6 +17,8 @@ import torch.nn as nn
 WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
 NUGGET = 1e-4  # added to variances of what is enforced
 LEAST = 0.02  # of std^2
+NU = 4  # points that the contrast of a usual image is worth
+CACHED = 2**20  # numbers
 
 
 class Points(NamedTuple):
@@ -121,9 +123,12 @@ class LinearGuess(nn.Module):
     with b(u) the row of s^2 numbers that takes pixels to the value at a place u, K(u, u') =
     b(u) K b(u')^T, whatever u and u'. That gives at any place, and so on any grid,
 
-        h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O)),    v(u) = K(u, u) - K(u, O) K(O, O)^-1 K(O, u)
+        h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O))
+        v(u) = (K(u, u) - K(u, O) K(O, O)^-1 K(O, u)) (NU + |y - m(O)|^2) / (NU + number of O)
 
-    of which the pixels of the s x s grid hold all there is. What it leaves open, (x - h) / std with
+    of which the pixels of the s x s grid hold all there is. |.|^2 is of K(O, O)^-1, about 1 a point
+    and channel: an image of more contrast than others will be off by more (a Student-t process,
+    Shah et al. 2014). What h leaves open, (x - h) / std with
     std^2 = v / mean v, is taken to be uncorrelated between modes; their variances, in units of
     mean v, are `spectrum`, measured on training images. Next to points std^2 is LEAST.
     """
@@ -161,6 +166,14 @@ class LinearGuess(nn.Module):
 
     def forward(self, points):
         """(h, v), (B, C, n, n) and (B, 1, n, n)."""
+        few = len(points.places)
+        if points.places.is_cpu:  # as many as a cache has room for
+            few = max(CACHED // (points.places[0].numel() * len(self.linear.covariance) + 1), 1)
+        parts = zip(*(x.split(few) for x in points), strict=True)
+        parts = [self._solve(Points(*part)) for part in parts]
+        return [torch.cat(x) for x in zip(*parts, strict=True)]
+
+    def _solve(self, points):
         (places, values, there), n = points, len(self.spectrum)
         mean, K = self.linear.mean.flatten(1), self.linear.covariance
         side, whole = len(self.linear.mean[0]), torch.eye(places.shape[1], device=K.device)
@@ -179,10 +192,11 @@ class LinearGuess(nn.Module):
         cross, off = cross * there[:, :, None], (values - middle) * there[:, None]
         factor = torch.linalg.cholesky_ex(among)[0]
         inverse = torch.linalg.solve_triangular(factor, whole.expand_as(factor), upper=False)
-        half = inverse @ cross
-        h = ((inverse @ off.mT).mT @ half + mean).unflatten(2, (side, side))
+        half, white = inverse @ cross, inverse @ off.mT
+        h = (white.mT @ half + mean).unflatten(2, (side, side))
         v = (K.diagonal() - half.square().sum(1)).clamp(min=1e-5) + self.rest
-        v = v.view(-1, 1, side, side)
+        contrast = (NU + white.square().mean(2).sum(1)) / (NU + there.sum(1))
+        v = v.view(-1, 1, side, side) * contrast.view(-1, 1, 1, 1)
         if side < n:
             h = resize(h, n)
             v = nn.functional.interpolate(v, size=n, mode="bilinear")

@@ -130,10 +130,43 @@ def test_on_the_grid_it_is_the_gaussian_conditional_mean():
     mean, K = guess.linear.mean.flatten().double(), guess.linear.covariance.double()
     expected, std = GaussianFill(mean, K).fill(x, mask)
     torch.testing.assert_close(h, expected, rtol=0, atol=1e-3)
+    contrast = contrast_of(guess, x, mask)
+    std = std * contrast.view(-1, 1, 1, 1).sqrt()
     torch.testing.assert_close(v.sqrt()[~mask], std[~mask], rtol=0.01, atol=1e-3)
-    assert v[mask].max() < 1e-3
+    assert v[mask].max() < 1e-3 * contrast.max()
     filled = guess.linear(x * mask, mask, mask)[3]
     torch.testing.assert_close(h, filled, rtol=0, atol=1e-3)
+
+
+def contrast_of(guess, x, mask):
+    """How far the seen pixels are off the mean, by their own covariance; float64, an image each."""
+    mean, K = guess.linear.mean.flatten(1).double(), guess.linear.covariance.double()
+    found = []
+    for image, seen in zip(x.flatten(2).double(), mask.flatten(1), strict=True):
+        off = (image - mean)[:, seen]
+        square = torch.linalg.solve(K[seen][:, seen], off.T).T * off
+        found.append((4 + square.sum() / len(off)) / (4 + seen.sum()))
+    return torch.stack(found).float()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_variance_goes_with_the_contrast_of_the_points(channels):
+    guess, mask = a_guess(channels), masks()
+    x = gp_images(guess, 2)
+    (h, v), mean = guess(points_of(x, mask)), guess.linear.mean
+    torch.testing.assert_close(contrast_of(guess, x, mask), torch.ones(2), rtol=0, atol=0.5)
+    strong, far = guess(points_of(mean + 3 * (x - mean), mask))
+    torch.testing.assert_close(strong - mean, 3 * (h - mean), rtol=0, atol=1e-3)
+    ratio = contrast_of(guess, mean + 3 * (x - mean), mask) / contrast_of(guess, x, mask)
+    torch.testing.assert_close(far, v * ratio.view(-1, 1, 1, 1), rtol=1e-3, atol=1e-5)
+    assert 5 < ratio.min() and ratio.max() < 9
+
+
+def gp_images(guess, count):
+    """Draws of the Gaussian that it takes images for."""
+    root, mean = torch.linalg.cholesky(guess.linear.covariance), guess.linear.mean
+    white = torch.randn(count, *mean.shape, generator=torch.Generator().manual_seed(3))
+    return mean + (white.flatten(2) @ root.T).view_as(white)
 
 
 def test_off_the_grid_it_is_the_conditional_mean_of_the_function():
