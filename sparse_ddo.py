@@ -5,9 +5,9 @@ function: 10% of the pixels, or any places. State, noise and network are functio
 modes, and only the result is put on a grid: what is learnt at 32x32 reconstructs at 48x48 or 64x64.
 
 The points alone give the best linear guess h by the covariance of the training images (kriging; see
-points.py), off by a variance v(u) at a place u. What diffuses is what they leave open, scaled so
-that its variance is the same at every place: r = (x - h) / std, std^2 = v / mean v. In the
-orthonormal cosine transform (DCT), mode k = (k1, k2), integers, with t from 0 to 1:
+points.py), off by a variance v(u) at a place u, more where the points show contrast. What diffuses
+is what they leave open, scaled so that its variance is the same at every place: r = (x - h) / std,
+std^2 = v / mean v. In the orthonormal cosine transform (DCT), mode k = (k1, k2), t from 0 to 1:
 
     z_t = alpha_k(t) r + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)       blurred and noisy
     a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it is 10 to -10
@@ -33,7 +33,8 @@ spread few steps would narrow:
     z_s = sqrt((D_s - w) / D_t) z_t + c (r - g) + sqrt(w) e'
     c = alpha_s - alpha_t sqrt((N_s - w) / N_t)
 
-where w is eta^2 of the variance that the posterior of z_s given r and z_t has.
+where w is eta^2 of the variance that the posterior of z_s given r and z_t has. No draw knows
+what is wrong with the network, so the first noise is larger (inflation, Anderson & Anderson 1999).
 
     python sparse_ddo.py                                                     # train, reconstruct
     python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
@@ -108,6 +109,7 @@ class Sampling:  # how they are used: free
     sample_steps: int = flag(20, "network calls for an image", full=250, within="[1, 10000]")
     spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", within="[1, 4]")
     eta: float = flag(0.0, "noise of a step: 0 none, 1 the posterior's", within="[0, 1]")
+    inflation: float = flag(1.04, "of the first noise, for wider draws", within="[0, 2]")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
     enforce_observed: bool = flag(True, "put the observed points back at the end")
@@ -225,17 +227,17 @@ def make_sampler(model, shape, config):
         r, _, _ = predict(model, z, times[step].expand(len(z)), context, config)
         if steps == 1:  # from noise: the posterior mean
             return dct(r) / n
-        r = ((h + std * r).clamp(-1, 1) - h) / std
+        r = ((h + std * r).clamp_(-1, 1) - h) / std
         D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
-        g, kept = alpha[step] * V / D_t * z, ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt()
+        kept, of_g = ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt(), alpha[step] * V / D_t
         noise = seeded_normal(seeds, shape, STEP_NOISE, step, steps) if config.eta else 0
-        return kept * z + c[step] * (dct(r) / n - g) + spread[step] * noise
+        return (kept - c[step] * of_g) * z + c[step] / n * dct(r) + spread[step] * noise
 
     @torch.no_grad()
     def sample(seeds, points):
         see, as_points = model.guess.see, config.conditioning == "setconv"
         context = h, std, *_ = once_each(lambda *p: see(Points(*p), size, as_points), *points)
-        z = gp_noise(seeded_normal(seeds, shape), config.length_scale)
+        z = config.inflation * gp_noise(seeded_normal(seeds, shape), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *context)
             if step + 1 == steps:
@@ -299,8 +301,8 @@ def train(run, model, ema, data, config):
         x_start = to_float(data.images[index])
         masks = masks_of(index, x_start.shape[-1], config)
         start = seeded_uniform(run.step_key, TIMESTEP)
-        # Low discrepancy; most near 0, as in sampling: the blur soon leaves z nothing to say.
-        t = ((start + run.places) % 1) ** 2
+        # Low discrepancy; more near 0, as in sampling: the blur soon leaves z nothing to say.
+        t = ((start + run.places) % 1) ** 1.4
         noise = gp_noise(seeded_normal(keys, data.shape, TRAIN_NOISE), config.length_scale)
         if config.flip:
             x_start, *masks = mirror_half(keys, x_start, *masks)
