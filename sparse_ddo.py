@@ -109,7 +109,7 @@ class Sampling:  # how they are used: free
     sample_steps: int = flag(20, "network calls for an image", full=250, within="[1, 10000]")
     spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", within="[1, 4]")
     eta: float = flag(0.0, "noise of a step: 0 none, 1 the posterior's", within="[0, 1]")
-    inflation: float = flag(1.04, "of the first noise, for wider draws", within="[0, 2]")
+    inflation: float = flag(1.03, "of the first noise, for wider draws", within="[0, 2]")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
     enforce_observed: bool = flag(True, "put the observed points back at the end")
