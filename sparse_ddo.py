@@ -39,8 +39,8 @@ what is wrong with the network, so the first noise is larger (inflation, Anderso
     python sparse_ddo.py                                                     # train, reconstruct
     python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
 
-Measured: 9 minutes on two cores of a Xeon. On 256 test images of Fashion-MNIST, unseen pixels, the
-mean of 8 draws has 19.8 dB, one call 20.2, the best linear method 18.8.
+Measured: 8 to 9 minutes on two cores. On 256 test images of Fashion-MNIST, unseen pixels, the mean
+of 8 draws has 19.8 dB, one call 20.2, the best linear method 18.8.
 """
 
 import copy
