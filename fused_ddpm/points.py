@@ -18,7 +18,7 @@ WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, i
 NUGGET = 1e-4  # added to variances of what is enforced
 LEAST = 0.02  # of std^2
 NU = 4  # points that the contrast of a usual image is worth
-CACHED = 2**20  # numbers
+CACHED = 2**19  # numbers
 
 
 class Points(NamedTuple):
@@ -126,9 +126,9 @@ class LinearGuess(nn.Module):
         h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O))
         v(u) = (K(u, u) - K(u, O) K(O, O)^-1 K(O, u)) (NU + |y - m(O)|^2) / (NU + number of O)
 
-    of which the pixels of the s x s grid hold all there is. |.|^2 is of K(O, O)^-1, about 1 a point
-    and channel: an image of more contrast than others will be off by more (a Student-t process,
-    Shah et al. 2014). What h leaves open, (x - h) / std with
+    of which the pixels of the s x s grid hold all there is. |d|^2 is d^T K(O, O)^-1 d, the mean over
+    channels, as a rule the number of O: an image of more contrast is off by more (a Student-t
+    process, Shah et al. 2014). What h leaves open, (x - h) / std with
     std^2 = v / mean v, is taken to be uncorrelated between modes; their variances, in units of
     mean v, are `spectrum`, measured on training images. Next to points std^2 is LEAST.
     """
@@ -168,7 +168,8 @@ class LinearGuess(nn.Module):
         """(h, v), (B, C, n, n) and (B, 1, n, n)."""
         few = len(points.places)
         if points.places.is_cpu:  # as many as a cache has room for
-            few = max(CACHED // (points.places[0].numel() * len(self.linear.covariance) + 1), 1)
+            size = points.places.shape[1] * len(self.linear.covariance)
+            few = max(CACHED // max(size, 1), 1)
         parts = zip(*(x.split(few) for x in points), strict=True)
         parts = [self._solve(Points(*part)) for part in parts]
         return [torch.cat(x) for x in zip(*parts, strict=True)]
