@@ -126,11 +126,11 @@ class LinearGuess(nn.Module):
         h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O))
         v(u) = (K(u, u) - K(u, O) K(O, O)^-1 K(O, u)) (NU + |y - m(O)|^2) / (NU + number of O)
 
-    of which the pixels of the s x s grid hold all there is. |d|^2 is d^T K(O, O)^-1 d, the mean over
+    of which the pixels of the s x s grid hold all there is. |d|^2 is d^T K(O, O)^-1 d, a mean over
     channels, as a rule the number of O: an image of more contrast is off by more (a Student-t
-    process, Shah et al. 2014). What h leaves open, (x - h) / std with
-    std^2 = v / mean v, is taken to be uncorrelated between modes; their variances, in units of
-    mean v, are `spectrum`, measured on training images. Next to points std^2 is LEAST.
+    process, Shah et al. 2014). What h leaves open, (x - h) / std with std^2 = v / mean v, is taken
+    to be uncorrelated between modes; their variances, in units of mean v, are `spectrum`, measured
+    on training images. Next to points std^2 is LEAST.
     """
 
     def __init__(self, shape, fraction):
