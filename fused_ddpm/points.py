@@ -17,7 +17,6 @@ import torch.nn as nn
 WIDTHS = 1 / 64, 1 / 32, 1 / 16  # standard deviations of the set convolution, in image widths
 NUGGET = 1e-4  # added to variances of what is enforced
 LEAST = 0.02  # of std^2
-NU = 4  # points that the contrast of a usual image is worth
 CACHED = 2**19  # numbers
 
 
@@ -124,7 +123,7 @@ class LinearGuess(nn.Module):
     b(u) K b(u')^T, whatever u and u'. That gives at any place, and so on any grid,
 
         h(u) = m(u) + K(u, O) K(O, O)^-1 (y - m(O))
-        v(u) = (K(u, u) - K(u, O) K(O, O)^-1 K(O, u)) (NU + |y - m(O)|^2) / (NU + number of O)
+        v(u) = (K(u, u) - K(u, O) K(O, O)^-1 K(O, u)) (nu + |y - m(O)|^2) / (nu + number of O)
 
     of which the pixels of the s x s grid hold all there is. |d|^2 is d^T K(O, O)^-1 d, a mean over
     channels, as a rule the number of O: an image of more contrast is off by more (a Student-t
@@ -140,6 +139,7 @@ class LinearGuess(nn.Module):
         side = min(n, LARGEST_SIDE)
         self.linear = LinearFill((channels, side, side), fraction)
         self.register_buffer("rest", torch.tensor(0.0))  # variance of the modes above
+        self.register_buffer("nu", torch.tensor(4.0))  # points that the usual contrast is worth
         self.register_buffer("spectrum", torch.ones(n, n) / n**2)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class LinearGuess(nn.Module):
         half, white = inverse @ cross, inverse @ off.mT
         h = (white.mT @ half + mean).unflatten(2, (side, side))
         v = (K.diagonal() - half.square().sum(1)).clamp(min=1e-5) + self.rest
-        contrast = (NU + white.square().mean(2).sum(1)) / (NU + there.sum(1))
+        contrast = (self.nu + white.square().mean(2).sum(1)) / (self.nu + there.sum(1))
         v = v.view(-1, 1, side, side) * contrast.view(-1, 1, 1, 1)
         if side < n:
             h = resize(h, n)
