@@ -180,7 +180,7 @@ class LinearGuess(nn.Module):
         side, whole = len(self.linear.mean[0]), torch.eye(places.shape[1], device=K.device)
         at = places * side - 0.5
         pixel = at.round()
-        if (at - pixel).abs().max() < 1e-3:  # on the grid: rows of K, and no product with it
+        if ((at - pixel).abs() < 1e-3).all():  # on the grid: rows of K, and no product with it
             o = (pixel[..., 0] * side + pixel[..., 1]).long()
             cross, among, middle = K[o], K[o[:, :, None], o[:, None]], mean[:, o].transpose(0, 1)
         else:

@@ -161,6 +161,16 @@ def test_the_variance_goes_with_the_contrast_of_the_points(channels):
     assert 5 < ratio.min() and ratio.max() < 9
 
 
+def test_in_parts_it_is_the_same(monkeypatch):
+    guess, points = a_guess(3), points_of(a_function(16, 3), masks())
+    whole = guess(points)
+    monkeypatch.setattr(module, "CACHED", 1)  # an image at a time
+    for one, all_at_once in zip(guess(points), whole, strict=True):
+        torch.testing.assert_close(one, all_at_once, rtol=0, atol=1e-6)
+    none = guess(Points(torch.rand(2, 0, 2), torch.rand(2, 3, 0), torch.ones(2, 0) > 0))
+    torch.testing.assert_close(none[0], guess.linear.mean.expand(2, -1, -1, -1))
+
+
 def gp_images(guess, count):
     """Draws of the Gaussian that it takes images for."""
     root, mean = torch.linalg.cholesky(guess.linear.covariance), guess.linear.mean
