@@ -58,7 +58,7 @@ from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import STEP_NOISE, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_resolutions
-from fused_ddpm.points import LinearGuess, Points, points_of, put_back, random_points
+from fused_ddpm.points import LinearGuess, Points, Seen, points_of, put_back, random_points
 from fused_ddpm.results import draw_each, once_each, write_results
 from fused_ddpm.runs import Run
 
@@ -75,6 +75,7 @@ class Model:  # what the weights are: fixed with a checkpoint
     dim_mults: list[int] = flag([1, 4, 6], "channels of each level, times dim", full=[1, 2, 2])
     num_blocks: int = flag(1, "blocks of each level", full=2, within="[1, 100]")
     modes: int = flag(16, "cosine modes a direction, halved with each level", within="[4, 256]")
+    spectral: int = flag(1, "how many of the coarsest levels use them", full=3, within="[0, 100]")
     conditioning: str = flag("setconv", "way in of the points", ["setconv", "encoder", "concat"])
     objective: str = flag("residual", "what the network predicts", ["residual", "eps", "x0"])
     length_scale: float = flag(0.05, "l of the noise, in image widths", within="(0, 1)")
@@ -175,38 +176,37 @@ def q_sample(r, t, noise, config):
     return alpha * dct(r) / r.shape[-1] + sigma.float()[:, None, None, None] * noise
 
 
-def predict(model, z, t, context, config):
-    """(r, scale, f) in pixels; the loss of x is in units of scale.
+def predict(model, z, t, seen, config):
+    """(x, scale, f) in pixels; the loss of x is in units of scale.
 
-    z: (B, C, n, n), modes divided by n. context: of LinearGuess.see.
+    z: (B, C, n, n), modes divided by n. seen: of LinearGuess.see.
     """
-    (h, std, V, seen), n = context, z.shape[-1]
+    h, std, V, n = seen.h, seen.std, seen.V, z.shape[-1]
     alpha = log_alpha(t, n, config).exp().float()[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
     noise = (sigma * noise_scale(n, config.length_scale, z.device)) ** 2 + ROUNDING
     D = alpha**2 * V + noise
     known, k = alpha * V * z / D, (V * noise / D).sqrt()
-    x_in, news = h + std * idct(known) * n, idct(z * D.rsqrt())  # the latter white, of size 1
-    unsure = (std * V.sum((2, 3), keepdim=True).sqrt()).log() / 2 + 1  # -1 to 1, or so
+    x_in, news = seen.restore(idct(known) * n), idct(z * D.rsqrt())  # white, of size 1
+    unsure = (std * V.mean(1, True).sum((2, 3), True).sqrt()).log() / 2 + 1  # -1 to 1, or so
     inputs = torch.cat([x_in, news, h, unsure], dim=1)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bfloat16):
-        f = model(inputs, t, seen).float()
-    scale = std.square().mean((2, 3), keepdim=True) * k.square().sum((2, 3), keepdim=True)
+        f = model(inputs, t, seen.features).float()
+    scale = std.square().mean((2, 3), True) * k.square().mean(1, True).sum((2, 3), True)
     if config.objective == "x0":
         known, k, scale = 0, 1 / n, torch.ones_like(scale)
     elif config.objective == "eps":  # where alpha is nearly 0 that is but rounding
         known, k = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / n))
-    return idct(known + k * dct(f)) * n, scale.clamp(min=1e-5).sqrt(), f
+    return seen.restore(idct(known + k * dct(f)) * n), scale.clamp(min=1e-5).sqrt(), f
 
 
 def training_loss(model, guess, x_start, t, noise, masks, points, config):
     """The loss of a batch (B, C, n, n) in [-1, 1]. t, noise: see q_sample; masks: make_masks."""
     n, eps = x_start.shape[-1], config.objective == "eps"
-    context = h, std, *_ = guess.see(points, n, config.conditioning == "setconv")
-    z = q_sample((x_start - h) / std, t, noise, config)
-    r, scale, f = predict(model, z, t, context, config)
-    x_hat = (h + std * r) / scale
-    out, goal = (f, idct(noise) * n) if eps else (x_hat, x_start / scale)
+    seen = guess.see(points, n, config.conditioning == "setconv")
+    z = q_sample(seen.standardize(x_start), t, noise, config)
+    x_hat, scale, f = predict(model, z, t, seen, config)
+    out, goal = (f, idct(noise) * n) if eps else (x_hat / scale, x_start / scale)
     where = masks[1] if config.loss_region == "query" else None
     return masked_loss(out, goal, where, kind=config.loss)
 
@@ -222,12 +222,12 @@ def make_sampler(model, shape, config):
     times, alpha, N, c, spread = sampling_table(n, config)
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(z, step, seeds, *context):
-        h, std, V, _ = context
-        r, _, _ = predict(model, z, times[step].expand(len(z)), context, config)
+    def reverse_step(z, step, seeds, *seen):
+        seen = Seen(*seen)
+        x, _, _ = predict(model, z, times[step].expand(len(z)), seen, config)
+        r, V = seen.standardize(x if steps == 1 else x.clamp_(-1, 1)), seen.V
         if steps == 1:  # from noise: the posterior mean
             return dct(r) / n
-        r = ((h + std * r).clamp_(-1, 1) - h) / std
         D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
         kept, of_g = ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt(), alpha[step] * V / D_t
         noise = seeded_normal(seeds, shape, STEP_NOISE, step, steps) if config.eta else 0
@@ -236,12 +236,12 @@ def make_sampler(model, shape, config):
     @torch.no_grad()
     def sample(seeds, points):
         see, as_points = model.guess.see, config.conditioning == "setconv"
-        context = h, std, *_ = once_each(lambda *p: see(Points(*p), size, as_points), *points)
+        seen = Seen(*once_each(lambda *p: see(Points(*p), size, as_points), *points))
         z = config.inflation * gp_noise(seeded_normal(seeds, shape), config.length_scale)
         for step in range(steps):
-            z = reverse_step(z, step, seeds, *context)
+            z = reverse_step(z, step, seeds, *seen)
             if step + 1 == steps:
-                z = h + std * idct(z) * n
+                z = seen.restore(idct(z) * n)
                 if config.enforce_observed:
                     z = put_back(z, points, config.length_scale)
                 z = resize(z, size)

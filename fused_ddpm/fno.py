@@ -19,8 +19,10 @@ import torch.nn.functional as F
 class MirroredConv(nn.Conv2d):
     """3x3. An image that is mirrored at its edges goes on with its last pixel."""
 
-    def __init__(self, in_channels, channels):
+    def __init__(self, in_channels, channels, gain=1.0):
         super().__init__(in_channels, channels, 3)
+        nn.init.normal_(self.weight, std=gain * (in_channels * 9) ** -0.5)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # on a CPU it would pad in float32
@@ -33,11 +35,9 @@ class SpectralConv(nn.Module):
 
     def __init__(self, in_channels, channels, modes, gain=1.0):
         super().__init__()
-        self.local = MirroredConv(in_channels, channels)
         # Half of the variance through either path, where the input is smooth: a function's few
         # modes hold most of it.
-        nn.init.normal_(self.local.weight, std=gain * (0.5 / in_channels / 9) ** 0.5)
-        nn.init.zeros_(self.local.bias)
+        self.local = MirroredConv(in_channels, channels, gain * 0.5**0.5)
         weight = torch.randn(channels, in_channels, modes, modes)
         self.weight = nn.Parameter(weight * gain * (0.5 / in_channels) ** 0.5)
 
@@ -52,14 +52,20 @@ class SpectralConv(nn.Module):
         return x + h.to(x.dtype)
 
 
+def conv(in_channels, channels, modes, gain=1.0):
+    if modes:
+        return SpectralConv(in_channels, channels, modes, gain)
+    return MirroredConv(in_channels, channels, gain)
+
+
 class Block(nn.Module):
     def __init__(self, in_channels, channels, emb_dim, modes):
         super().__init__()
         self.norm1 = NormSilu(in_channels)
-        self.conv1 = SpectralConv(in_channels, channels, modes)
+        self.conv1 = conv(in_channels, channels, modes)
         self.scale_shift = nn.Linear(emb_dim, 2 * channels)
         self.norm2 = NormSilu(channels)
-        self.conv2 = SpectralConv(channels, channels, modes, gain=0.5)
+        self.conv2 = conv(channels, channels, modes, gain=0.5)
         same = in_channels == channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1)
 
@@ -72,17 +78,18 @@ class Block(nn.Module):
 class FnoUnet(nn.Module):
     """x (B, in_channels, n, n), t (B,) in [0, 1], seen -> (B, C, n, n).
 
-    n is the side of the training images. seen: what LinearGuess.see makes of the points; of
-    the conditionings "encoder" and "concat" an image (B, C + 1, m, m), 0 where nothing is seen. It
+    n is the side of the training images. seen: the features of points.Seen; of the
+    conditionings "encoder" and "concat" an image (B, C + 1, m, m), 0 where nothing is seen. It
     reaches the network by way of its pixels: another grid m is another function. shape: (C, n, n).
-    config: dim, dim_mults, num_blocks, modes, conditioning; see sparse_ddo.py.
+    config: dim, dim_mults, num_blocks, modes, spectral, conditioning; see sparse_ddo.py.
     """
 
     def __init__(self, in_channels, shape, config):
         super().__init__()
         channels, n, _ = shape
         dims, emb_dim = [config.dim * m for m in config.dim_mults], 2 * max(config.dim, 64)
-        modes = [config.modes // 2**level for level in range(len(dims))]
+        first = len(dims) - config.spectral  # a matrix for each mode is much to learn, and slow
+        modes = [config.modes // 2**k if k >= first else 0 for k in range(len(dims))]
         coarsest = 2 ** (len(dims) - 1)
         self.size = -(-n // coarsest) * coarsest  # of the grid that all is done on
 

@@ -115,6 +115,33 @@ def put_back(x, points, length):
 # -- The best linear guess -------------------------------------------------------------------------
 
 
+def turned(axes, x):
+    """x (B, C, n, n) with its channels along axes, (C, C) or (B, C, C)."""
+    return (axes @ x.flatten(2)).view(x.shape)
+
+
+class Seen(NamedTuple):
+    """All that a network is told about points of functions.
+
+    h, std: (B, C, n, n), (B, 1, n, n), the guess and how far it is off. axes: (B, C, C), of the
+    channels. V: (B, C, n, n), variances of the modes of what is left. features: of set_convolution
+    on that grid; or where a network wants pixels, of `rasterize` on that of the image.
+    """
+
+    h: torch.Tensor
+    std: torch.Tensor
+    axes: torch.Tensor
+    V: torch.Tensor
+    features: torch.Tensor
+
+    def standardize(self, x):
+        """What h leaves open of images x (B, C, n, n), of about the same size everywhere."""
+        return turned(self.axes, (x - self.h) / self.std)
+
+    def restore(self, r):
+        return self.h + self.std * turned(self.axes.mT, r)
+
+
 class LinearGuess(nn.Module):
     """The best linear guess of a function from points of it: kriging with the images' covariance.
 
@@ -128,8 +155,9 @@ class LinearGuess(nn.Module):
     of which the pixels of the s x s grid hold all there is. |d|^2 is d^T K(O, O)^-1 d, a mean over
     channels, as a rule the number of O: an image of more contrast is off by more (a Student-t
     process, Shah et al. 2014). What h leaves open, (x - h) / std with std^2 = v / mean v, is taken
-    to be uncorrelated between modes; their variances, in units of mean v, are `spectrum`, measured
-    on training images. Next to points std^2 is LEAST.
+    to be uncorrelated between modes and along `axes`, the principal axes of its channels; the
+    variances, in units of mean v, are `spectrum`. Both are measured on training images. Next to
+    points std^2 is LEAST.
     """
 
     def __init__(self, shape, fraction):
@@ -140,7 +168,8 @@ class LinearGuess(nn.Module):
         self.linear = LinearFill((channels, side, side), fraction)
         self.register_buffer("rest", torch.tensor(0.0))  # variance of the modes above
         self.register_buffer("nu", torch.tensor(4.0))  # points that the usual contrast is worth
-        self.register_buffer("spectrum", torch.ones(n, n) / n**2)
+        self.register_buffer("axes", torch.eye(channels))
+        self.register_buffer("spectrum", torch.ones(channels, n, n) / n**2)
 
     @torch.no_grad()
     def learn(self, data, config):
@@ -157,11 +186,15 @@ class LinearGuess(nn.Module):
         self.linear.measure(lowest, *masks)
         self.rest.copy_((x.square().mean() - lowest.square().mean()).clamp(min=0))
         mask, _ = make_masks(some, 0, n, config)
-        square, mean = 0, 0
+        left, mean = [], 0
         for part, seen in zip(x.split(64), mask.split(64), strict=True):
             h, std, v = self.with_std(points_of(part, seen))
-            square = square + (dct((part - h) / std) / n).square().mean(1).sum(0)
+            left.append((part - h) / std)
             mean = mean + v.sum()
+        left = torch.cat(left)
+        flat = left.transpose(0, 1).flatten(1)
+        self.axes.copy_(torch.linalg.eigh((flat @ flat.T).double())[1].mT)
+        square = (dct(turned(self.axes, left)) / n).square().sum(0)
         self.spectrum.copy_((square + 1e-6 * square.mean()) / mean)
 
     def forward(self, points):
@@ -175,7 +208,7 @@ class LinearGuess(nn.Module):
         return [torch.cat(x) for x in zip(*parts, strict=True)]
 
     def _solve(self, points):
-        (places, values, there), n = points, len(self.spectrum)
+        (places, values, there), n = points, self.spectrum.shape[-1]
         mean, K = self.linear.mean.flatten(1), self.linear.covariance
         side, whole = len(self.linear.mean[0]), torch.eye(places.shape[1], device=K.device)
         at = places * side - 0.5
@@ -210,12 +243,8 @@ class LinearGuess(nn.Module):
         return h, (v / mean).clamp(min=LEAST).sqrt(), mean
 
     def see(self, points, size, as_points=True):
-        """(h, std, V, seen): all that a network is told about points of functions.
-
-        h, std: (B, C, n, n), (B, 1, n, n). V: (B, 1, n, n), of the modes of (x - h) / std. seen: of
-        set_convolution on that grid; or where a network wants pixels, of `rasterize` on that of the
-        image that is wanted, size x size.
-        """
+        """Seen by a network. size: of the image that is wanted, where features are pixels."""
         h, std, mean = self.with_std(points)
-        seen = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, size)
-        return h, std, self.spectrum * mean, seen
+        features = set_convolution(points, h.shape[-1]) if as_points else rasterize(points, size)
+        axes = self.axes.expand(len(h), -1, -1)
+        return Seen(h, std, axes, self.spectrum * mean, features)

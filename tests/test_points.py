@@ -16,6 +16,7 @@ from fused_ddpm.points import (
     random_points,
     rasterize,
     set_convolution,
+    turned,
 )
 
 import pytest
@@ -213,24 +214,31 @@ def test_what_it_learns_is_how_far_off_it_is(largest, monkeypatch):
     """In each mode; with images of more modes than its covariance has, too."""
     monkeypatch.setattr(module, "LARGEST_SIDE", largest)
     config = make_config(sparse_ddo, image_size=16, sparsity=[0.2])
+    colours = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1)))[0]
 
     class Smooth:
-        shape = (1, 16, 16)
-        u = torch.randn(600, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        shape = (3, 16, 16)
+        u = torch.randn(600, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         fall = 1 / (1 + torch.arange(16.0)[:, None] + torch.arange(16.0)) ** 1.5
-        images = (idct(u * fall * 6) * 30 + 128).clamp(0, 255).byte()
+        fall = fall * torch.tensor([0.2, 1.0, 0.5]).view(3, 1, 1)
+        images = (turned(colours.T, idct(u * fall * 6)) * 30 + 128).clamp(0, 255).byte()
 
     guess = LinearGuess(Smooth.shape, 0.2)
     guess.learn(Smooth, config)
     x = Smooth.images[:300] / 127.5 - 1
     mask, _ = sparse_ddo.masks_of(torch.arange(300), 16, config)
-    h, std, V, seen = guess.see(points_of(x, mask), 16)
-    matrix = dct_matrix(16, "cpu")
-    error = (matrix @ ((x - h) / std) @ matrix.T / 16).square()
-    assert seen.shape == (300, 2 * len(WIDTHS), 16, 16)
+    seen = guess.see(points_of(x, mask), 16)
+    h, std, axes, V, features = seen
+    matrix, left = dct_matrix(16, "cpu"), seen.standardize(x)
+    torch.testing.assert_close(seen.restore(left), x)
+    torch.testing.assert_close(axes @ axes.mT, torch.eye(3).expand(300, -1, -1))
+    least = colours[[0, 2, 1]]  # of the channels, in the order of their variances
+    torch.testing.assert_close((axes[0] * least).sum(1).abs(), torch.ones(3), rtol=0, atol=0.01)
+    error = (matrix @ left @ matrix.T / 16).square()
+    assert features.shape == (300, 4 * len(WIDTHS), 16, 16)
     assert error.mean().item() == pytest.approx(V.mean().item(), rel=0.1)
-    assert (error.mean((0, 1)) / V.mean((0, 1))).log().abs().mean() < 0.2
+    assert (error.mean(0) / V.mean(0)).log().abs().mean() < 0.2
     assert std.square().mean().item() == pytest.approx(1, abs=0.05)
     assert (x - h).square().mean() < 0.2 * (x - x.mean(0)).square().mean()
     again = guess.see(points_of(x, mask), 32, as_points=False)
-    assert again[3].shape == (300, 2, 32, 32) and torch.equal(again[0], h)
+    assert again.features.shape == (300, 4, 32, 32) and torch.equal(again[0], h)

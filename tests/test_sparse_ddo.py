@@ -9,7 +9,7 @@ from fused_ddpm import images, points
 from fused_ddpm.grids import noise_scale, resize
 from fused_ddpm.images import load_images, to_float
 from fused_ddpm.metrics import psnr
-from fused_ddpm.points import Points, at_points, points_of
+from fused_ddpm.points import Points, Seen, at_points, points_of
 
 import numpy as np
 import pytest
@@ -124,14 +124,16 @@ MEAN, STD = 0.1, 0.15  # the data of the closed form: a Gaussian process of this
 
 
 class Stub:
-    """A network, and of the points a guess h, off by std with variances V of its modes."""
+    """A network, and of the points a guess h, off by std with variances V of its modes along axes
+    of the channels."""
 
-    def __init__(self, network, h, std, V):
-        self.network, self.parts = network, (h, std, V, h)
+    def __init__(self, network, h, std, V, axes=None):
+        self.network, axes = network, torch.eye(1) if axes is None else axes
+        self.parts = h, std, axes[None], V.expand(1, len(axes), -1, -1), h
         self.guess = SimpleNamespace(see=self.see)
 
     def see(self, points, n, as_points):
-        return [x.expand(len(points.places), 1, -1, -1) for x in self.parts]
+        return Seen(*(x.expand(len(points.places), *x.shape[1:]) for x in self.parts))
 
     def __call__(self, inputs, t, seen):
         return self.network(inputs, t)
@@ -213,6 +215,21 @@ def test_draws_vary_as_much_as_the_guess_is_off(inflation):
         ratio = resize(x, 32).std(0)[0] / (std[0, 0] * edge * inflation)
         assert ratio.mean().item() == pytest.approx(1, abs=0.01)
         assert (ratio - 1).abs().max() < 0.15
+
+
+def test_draws_have_the_channels_covariance():
+    """Along its axes each of a variance of its own, whatever the place."""
+    _, prior = spectrum_of(32)
+    size = torch.tensor([1.0, 0.04, 0.25])
+    V = (prior / 32**2).float() * size[:, None, None]  # of variance 1, but for the edges
+    axes = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)))[0]
+    std = torch.full((1, 1, 32, 32), 0.1)
+    model = Stub(lambda inputs, t: torch.zeros_like(inputs[:, :3]), 0 * std, std, V, axes)
+    config = small_config(enforce_observed=False, sample_steps=10)
+    *_, x = script.make_sampler(model, (3, 32, 32), config)(torch.arange(1000), no_points(1000))
+    inside = x[:, :, 8:24, 8:24].transpose(0, 1).flatten(1)
+    expected = axes.T @ (size[:, None] * axes) * 0.01
+    torch.testing.assert_close(torch.cov(inside), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
