@@ -101,14 +101,14 @@ def put_back(x, points, length):
     """x (B, C, n, n) changed, as little as the kernel exp(-(r / length)^2) can, so that it has the
     values of the points: x + K(., O) (K(O, O) + NUGGET)^-1 (y - x(O))."""
     (places, values, there), n = points, x.shape[-1]
-    both = there[:, :, None] & there[:, None]
-    square = (places[:, :, None] - places[:, None]).square().sum(3)
+    both, at = there[:, :, None] & there[:, None], places.mT  # (B, 2, P)
+    square = (at[..., None] - at[:, :, None]).square().sum(1)
     among = bell(square / length**2) * both
     among = among + NUGGET * torch.eye(places.shape[1], device=x.device)
     off = (values - at_points(x, places)) * there[:, None]
     weights = torch.linalg.solve(among, off.mT).mT  # (B, C, P)
     centre = (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5) / n
-    row, column = bell(((centre[:, None, None] - places[:, None]) / length).square()).unbind(3)
+    row, column = bell(((centre[:, None] - at[:, :, None]) / length).square()).unbind(1)
     return x + (row[:, None] * weights[:, :, None]) @ column[:, None].mT
 
 

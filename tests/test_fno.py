@@ -17,9 +17,10 @@ from helpers import away_from_zero, make_config, with_modes
 conditionings = pytest.mark.parametrize("conditioning", ["setconv", "encoder", "concat"])
 
 
-def small_unet(channels=1, conditioning="setconv", n=32):
+def small_unet(channels=1, conditioning="setconv", n=32, spectral=3):
     torch.manual_seed(0)
     changes = dict(dim=16, dim_mults=[1, 2, 3], modes=16, conditioning=conditioning)
+    changes["spectral"] = spectral
     net = FnoUnet(channels, (channels, n, n), make_config(sparse_ddo, **changes))
     return away_from_zero(net).eval()
 
@@ -147,6 +148,18 @@ def test_unet_shapes_and_gradients(conditioning, channels, n):
     out.square().mean().backward()
     for name, p in net.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("spectral", [0, 1, 2, 3, 9])
+def test_the_coarsest_levels_are_spectral(spectral):
+    """Of 3 levels with 2 layers each, on the way up again; sides of the modes 16, 8 and 4."""
+    net = small_unet(spectral=spectral)
+    sides = sorted(m.weight.shape[-1] for m in net.modules() if isinstance(m, SpectralConv))
+    assert sides == [4] * 2 * (spectral > 0) + [8] * 4 * (spectral > 1) + [16] * 4 * (spectral > 2)
+    g = torch.Generator().manual_seed(1)
+    x, emb = torch.randn(2, 16, 32, 32, generator=g), torch.randn(2, 64, generator=g)
+    block = Block(16, 16, 64, 0)  # of as much variance with and without
+    assert block(x, emb).var().item() == pytest.approx(x.var().item(), rel=0.3)
 
 
 def test_it_starts_as_nothing():
