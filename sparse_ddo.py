@@ -6,8 +6,8 @@ modes, and only the result is put on a grid: what is learnt at 32x32 reconstruct
 
 The points alone give the best linear guess h by the covariance of the training images (kriging; see
 points.py), off by a variance v(u) at a place u, more where the points show contrast. What diffuses
-is what they leave open, scaled so that its variance is the same at every place: r = (x - h) / std,
-std^2 = v / mean v. In the orthonormal cosine transform (DCT), mode k = (k1, k2), t from 0 to 1:
+is what they leave open, as wide at every place: r = A (x - h) / std with std^2 = v / mean v, A's
+rows the channels' principal axes. In the DCT (orthonormal), mode k = (k1, k2), t from 0 to 1:
 
     z_t = alpha_k(t) r + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)       blurred and noisy
     a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it is 10 to -10
@@ -18,14 +18,14 @@ e is no white noise, which is no function; its variance is 1 inside, 2 at an edg
 The blur is a Gaussian of s / pi image widths (Hoogeboom & Salimans 2022, arXiv 2209.05557).
 
 The network, an FNO U-Net, predicts the residual to the best linear guess g of r, as in
-sparse_ddpm.py, but mode by mode. With V_k the variance of r in mode k, N_k that of sigma e:
+sparse_ddpm.py, but mode by mode. With V_k the variance of r in an axis's mode k, N_k of sigma e:
 
     g_k = alpha_k V_k z_k / D_k,    D_k = alpha_k^2 V_k + N_k, the variance of z_k
     r_k = g_k + f_k sqrt(V_k N_k / D_k)    so that f has to be white noise or so at every t
 
 On every grid that holds a mode, its coefficient divided by the side is the same number. z is kept
 as these numbers, for the modes of the training grid: of others no training image says anything. So
-x = h + std r has none, and can be shown on any grid.
+x = h + std A^T r has none, and can be shown on any grid.
 
 A step t -> s is that of DDIM (Song et al. 2021) for r - g, and exact for the linear rest, whose
 spread few steps would narrow:
@@ -177,7 +177,7 @@ def q_sample(r, t, noise, config):
 
 
 def predict(model, z, t, seen, config):
-    """(x, scale, f) in pixels; the loss of x is in units of scale.
+    """(x, scale, f) in pixels, f along the axes of seen; the loss of x is in units of scale.
 
     z: (B, C, n, n), modes divided by n. seen: of LinearGuess.see.
     """
@@ -187,7 +187,7 @@ def predict(model, z, t, seen, config):
     noise = (sigma * noise_scale(n, config.length_scale, z.device)) ** 2 + ROUNDING
     D = alpha**2 * V + noise
     known, k = alpha * V * z / D, (V * noise / D).sqrt()
-    x_in, news = seen.restore(idct(known) * n), idct(z * D.rsqrt())  # white, of size 1
+    x_in, news = seen.restore(idct(known) * n), idct(z * D.rsqrt())  # news is white, of size 1
     unsure = (std * V.mean(1, True).sum((2, 3), True).sqrt()).log() / 2 + 1  # -1 to 1, or so
     inputs = torch.cat([x_in, news, h, unsure], dim=1)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bfloat16):

@@ -1,9 +1,10 @@
 """The FNO U-Net of sparse_ddo.py: layers that are operations on functions, mirrored at the edges.
 
 Fourier neural operators: Li et al. 2021, arXiv 2010.08895. With cosine modes instead, opposite
-borders do not mix; their convolutions are even, and 3x3 convolutions beside them need not be. These
-belong to a grid, so as in convolutional neural operators (Raonic et al. 2023, arXiv 2302.01178) all
-is done on one grid, that of the training images, whatever the grids of input and output are.
+borders do not mix; their convolutions are even, and 3x3 convolutions beside them need not be. At
+the finer levels these are alone: a matrix for each mode is slow, and more than so few steps learn.
+3x3 belongs to a grid, so as in convolutional neural operators (Raonic et al. 2023, arXiv
+2302.01178) all is done on one, that of the training images, whatever those of input and output are.
 """
 
 from fused_ddpm import grids
@@ -52,7 +53,8 @@ class SpectralConv(nn.Module):
         return x + h.to(x.dtype)
 
 
-def conv(in_channels, channels, modes, gain=1.0):
+def make_conv(in_channels, channels, modes, gain=1.0):
+    """Spectral; without modes local alone. It keeps the variance of its input, times gain^2."""
     if modes:
         return SpectralConv(in_channels, channels, modes, gain)
     return MirroredConv(in_channels, channels, gain)
@@ -62,10 +64,10 @@ class Block(nn.Module):
     def __init__(self, in_channels, channels, emb_dim, modes):
         super().__init__()
         self.norm1 = NormSilu(in_channels)
-        self.conv1 = conv(in_channels, channels, modes)
+        self.conv1 = make_conv(in_channels, channels, modes)
         self.scale_shift = nn.Linear(emb_dim, 2 * channels)
         self.norm2 = NormSilu(channels)
-        self.conv2 = conv(channels, channels, modes, gain=0.5)
+        self.conv2 = make_conv(channels, channels, modes, gain=0.5)
         same = in_channels == channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1)
 
@@ -88,7 +90,7 @@ class FnoUnet(nn.Module):
         super().__init__()
         channels, n, _ = shape
         dims, emb_dim = [config.dim * m for m in config.dim_mults], 2 * max(config.dim, 64)
-        first = len(dims) - config.spectral  # a matrix for each mode is much to learn, and slow
+        first = len(dims) - config.spectral
         modes = [config.modes // 2**k if k >= first else 0 for k in range(len(dims))]
         coarsest = 2 ** (len(dims) - 1)
         self.size = -(-n // coarsest) * coarsest  # of the grid that all is done on

@@ -101,7 +101,8 @@ def put_back(x, points, length):
     """x (B, C, n, n) changed, as little as the kernel exp(-(r / length)^2) can, so that it has the
     values of the points: x + K(., O) (K(O, O) + NUGGET)^-1 (y - x(O))."""
     (places, values, there), n = points, x.shape[-1]
-    both, at = there[:, :, None] & there[:, None], places.mT  # (B, 2, P)
+    both = there[:, :, None] & there[:, None]
+    at = places.mT  # (B, 2, P)
     square = (at[..., None] - at[:, :, None]).square().sum(1)
     among = bell(square / length**2) * both
     among = among + NUGGET * torch.eye(places.shape[1], device=x.device)
@@ -123,9 +124,9 @@ def turned(axes, x):
 class Seen(NamedTuple):
     """All that a network is told about points of functions.
 
-    h, std: (B, C, n, n), (B, 1, n, n), the guess and how far it is off. axes: (B, C, C), of the
-    channels. V: (B, C, n, n), variances of the modes of what is left. features: of set_convolution
-    on that grid; or where a network wants pixels, of `rasterize` on that of the image.
+    h, std: (B, C, n, n), (B, 1, n, n), the guess and how far it is off. axes: (B, C, C), as rows,
+    of the channels. V: (B, C, n, n), the variances of each axis's modes. features: of
+    set_convolution on the grid of h; or where a network wants pixels, `rasterize` on the image's.
     """
 
     h: torch.Tensor
@@ -135,10 +136,11 @@ class Seen(NamedTuple):
     features: torch.Tensor
 
     def standardize(self, x):
-        """What h leaves open of images x (B, C, n, n), of about the same size everywhere."""
+        """What h leaves open of images x (B, C, n, n), in units of std, along the axes."""
         return turned(self.axes, (x - self.h) / self.std)
 
     def restore(self, r):
+        """x (B, C, n, n), of which r is what h leaves open."""
         return self.h + self.std * turned(self.axes.mT, r)
 
 
@@ -155,8 +157,8 @@ class LinearGuess(nn.Module):
     of which the pixels of the s x s grid hold all there is. |d|^2 is d^T K(O, O)^-1 d, a mean over
     channels, as a rule the number of O: an image of more contrast is off by more (a Student-t
     process, Shah et al. 2014). What h leaves open, (x - h) / std with std^2 = v / mean v, is taken
-    to be uncorrelated between modes and along `axes`, the principal axes of its channels; the
-    variances, in units of mean v, are `spectrum`. Both are measured on training images. Next to
+    to be uncorrelated between modes and between `axes`, as rows the principal axes of its channels;
+    the variances, in units of mean v, are `spectrum`. Both are measured on training images. Next to
     points std^2 is LEAST.
     """
 
@@ -187,13 +189,15 @@ class LinearGuess(nn.Module):
         self.rest.copy_((x.square().mean() - lowest.square().mean()).clamp(min=0))
         mask, _ = make_masks(some, 0, n, config)
         left, mean = [], 0
-        for part, seen in zip(x.split(64), mask.split(64), strict=True):
-            h, std, v = self.with_std(points_of(part, seen))
+        for part, where in zip(x.split(64), mask.split(64), strict=True):
+            h, std, v = self.with_std(points_of(part, where))
             left.append((part - h) / std)
             mean = mean + v.sum()
         left = torch.cat(left)
         flat = left.transpose(0, 1).flatten(1)
-        self.axes.copy_(torch.linalg.eigh((flat @ flat.T).double())[1].mT)
+        axes = torch.linalg.eigh(flat @ flat.T)[1].mT
+        # Either sign is an axis: the same one in every process.
+        self.axes.copy_(torch.where(axes.sum(1, keepdim=True) < 0, -axes, axes))
         square = (dct(turned(self.axes, left)) / n).square().sum(0)
         self.spectrum.copy_((square + 1e-6 * square.mean()) / mean)
 

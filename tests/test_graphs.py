@@ -267,6 +267,7 @@ def network(script, config):
     if script is sparse_ddo:
         net = FnoUnet(10, (3, 16, 16), config)  # make_model's, as below
         net.guess = points.LinearGuess((3, 16, 16), 0.1)
+        net.guess.axes.copy_(torch.eye(3).roll(1, 0))
         return net
     if script is cfg_ddpm:
         return Unet(3, 3, config, num_classes=4)

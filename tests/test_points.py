@@ -211,7 +211,7 @@ def test_points_that_are_not_there_say_nothing():
 
 @pytest.mark.parametrize("largest", [64, 8])
 def test_what_it_learns_is_how_far_off_it_is(largest, monkeypatch):
-    """In each mode; with images of more modes than its covariance has, too."""
+    """In each mode of each axis; with images of more modes than its covariance has, too."""
     monkeypatch.setattr(module, "LARGEST_SIDE", largest)
     config = make_config(sparse_ddo, image_size=16, sparsity=[0.2])
     colours = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(1)))[0]
@@ -232,8 +232,8 @@ def test_what_it_learns_is_how_far_off_it_is(largest, monkeypatch):
     matrix, left = dct_matrix(16, "cpu"), seen.standardize(x)
     torch.testing.assert_close(seen.restore(left), x)
     torch.testing.assert_close(axes @ axes.mT, torch.eye(3).expand(300, -1, -1))
-    least = colours[[0, 2, 1]]  # of the channels, in the order of their variances
-    torch.testing.assert_close((axes[0] * least).sum(1).abs(), torch.ones(3), rtol=0, atol=0.01)
+    ascending = colours[[0, 2, 1]]  # by their variances
+    torch.testing.assert_close((axes[0] * ascending).sum(1).abs(), torch.ones(3), rtol=0, atol=0.01)
     error = (matrix @ left @ matrix.T / 16).square()
     assert features.shape == (300, 4 * len(WIDTHS), 16, 16)
     assert error.mean().item() == pytest.approx(V.mean().item(), rel=0.1)

@@ -218,18 +218,18 @@ def test_draws_vary_as_much_as_the_guess_is_off(inflation):
 
 
 def test_draws_have_the_channels_covariance():
-    """Along its axes each of a variance of its own, whatever the place."""
+    """Along its axes each of a variance of its own, at any place times std^2."""
     _, prior = spectrum_of(32)
     size = torch.tensor([1.0, 0.04, 0.25])
     V = (prior / 32**2).float() * size[:, None, None]  # of variance 1, but for the edges
     axes = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)))[0]
-    std = torch.full((1, 1, 32, 32), 0.1)
+    std = torch.linspace(0.1, 0.2, 32).expand(1, 1, 32, 32)
     model = Stub(lambda inputs, t: torch.zeros_like(inputs[:, :3]), 0 * std, std, V, axes)
     config = small_config(enforce_observed=False, sample_steps=10)
     *_, x = script.make_sampler(model, (3, 32, 32), config)(torch.arange(1000), no_points(1000))
-    inside = x[:, :, 8:24, 8:24].transpose(0, 1).flatten(1)
-    expected = axes.T @ (size[:, None] * axes) * 0.01
-    torch.testing.assert_close(torch.cov(inside), expected, rtol=0, atol=2e-4)
+    inside = (x / std)[:, :, 8:24, 8:24].transpose(0, 1).flatten(1)
+    expected = axes.T @ (size[:, None] * axes)
+    torch.testing.assert_close(torch.cov(inside), expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
@@ -401,18 +401,22 @@ def test_times_are_spread_evenly_over_a_batch(tmp_path, watch):
     assert len(starts.unique()) == 12 and starts.max() - starts.min() > 0.5 / 16
 
 
+@pytest.mark.parametrize("C", [1, 3])
 @pytest.mark.parametrize("region", ["full", "query"])
 @pytest.mark.parametrize("objective", ["residual", "x0", "eps"])
-def test_loss_and_where_it_is_taken(region, objective):
+def test_loss_and_where_it_is_taken(region, objective, C):
     config = small_config(loss_region=region, objective=objective)
     g = torch.Generator().manual_seed(0)
     target_mask = script.masks_of(torch.arange(3), 32, config)[1]
-    x_start, t = torch.rand(3, 1, 32, 32, generator=g) - 0.5, torch.tensor([0.1, 0.4, 0.8])
-    noise = script.gp_noise(torch.randn(3, 1, 32, 32, generator=g), 0.05)
+    x_start, t = torch.rand(3, C, 32, 32, generator=g) - 0.5, torch.tensor([0.1, 0.4, 0.8])
+    noise = script.gp_noise(torch.randn(3, C, 32, 32, generator=g), 0.05)
     h, V = torch.full((1, 1, 32, 32), 0.1), 0.2 / (1 + torch.arange(32.0)) ** 2 + torch.zeros(32, 1)
+    V = V * torch.linspace(1, 0.1, C).view(C, 1, 1)
+    axes = torch.linalg.qr(torch.randn(C, C, generator=g))[0]
     std = 0.2 + 0.3 * torch.rand(1, 1, 32, 32, generator=g)
     points, off = no_points(3), torch.where(target_mask, 1.0, 2.0)
-    r, modes, shown = (x_start - h) / std, script.dct, []
+    r = torch.einsum("ij,bjyx->biyx", axes, (x_start - h) / std)
+    modes, shown = script.dct, []
     z = script.q_sample(r, t, noise, config)
 
     alpha = torch.stack([at(s)[0] * torch.exp(-KK * at(s)[2] ** 2 / 2) for s in t.tolist()])
@@ -423,10 +427,10 @@ def test_loss_and_where_it_is_taken(region, objective):
     residual = script.idct(((modes(r) / 32 - guess) * P.sqrt()).float())
     e = (z - alpha * modes(r) / 32) / sigma
     goal = {"residual": residual, "x0": r, "eps": script.idct(e.float()) * 32}[objective]
-    scale = ((1 / P).sum((2, 3), keepdim=True) * std.square().mean()).sqrt()
+    scale = ((1 / P).mean(1, True).sum((2, 3), keepdim=True) * std.square().mean()).sqrt()
 
     def loss_of(out):
-        model = Stub(lambda inputs, t: shown.append((inputs, t)) or out, h, std, V)
+        model = Stub(lambda inputs, t: shown.append((inputs, t)) or out, h, std, V, axes)
         return script.training_loss(
             model, model.guess, x_start, t, noise, (None, target_mask), points, config
         ).item()
@@ -438,9 +442,14 @@ def test_loss_and_where_it_is_taken(region, objective):
     expected = 1 if region == "query" else off.square().mean().item()
     rel = 1e-2 if objective == "residual" else 1e-4
     assert loss_of(goal + beside) == pytest.approx(expected, rel=rel)
-    inputs, time = shown[0]  # what the network is given
-    torch.testing.assert_close(inputs[:, :1], h + std * script.idct(guess.float()) * 32)
-    torch.testing.assert_close(inputs[:, 2:3], h.expand_as(z))
+    x, news, *rest = shown[0][0].split([C, C, 1, 1], dim=1)  # what the network is given
+    time, known = shown[0][1], script.idct(guess.float()) * 32
+    torch.testing.assert_close(x, h + std * torch.einsum("ji,bjyx->biyx", axes, known))
+    white = script.idct((z * (alpha**2 * V + N).rsqrt()).float())
+    torch.testing.assert_close(news, white, rtol=1e-4, atol=1e-4)
+    off = std.square() * V.sum((1, 2)).mean()  # the guess's variance
+    for part, expected in zip(rest, (h, off.log() / 4 + 1), strict=True):
+        torch.testing.assert_close(part, expected.expand_as(part))
     assert torch.equal(time, t)
 
 
