@@ -89,15 +89,16 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     flip: bool = flag(False, "mirror half of the training images", full=True)
     sparsity: list[float] = flag([0.1], "fraction of pixels seen; two: from .. to", within="(0, 1)")
     target_sparsity: float | None = flag(None, "of the query; the same", within="(0, 1)")
-    mask_seed: int = flag(42, "masks are the same in every epoch", within="[0, 2147483647]")
+    mask_seed: int = flag(42, "of all masks, whatever the run's", within="[0, 2147483647]")
+    mask_mode: str = flag("random_epoch", "of training", ["random_epoch", "fixed"], full="fixed")
     mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
-    steps: int | None = flag(4000, "optimizer steps", full=None, later=True)
+    steps: int | None = flag(6500, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=100, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
     optimizer: str = flag("muon", "see optimizer.py", ["muon", "adam"], full="adam")
-    lr: float = flag(2e-3, "peak learning rate", full=2e-4, within="(0, 1]", later=True)
+    lr: float = flag(3e-3, "peak learning rate", full=2e-4, within="(0, 1]", later=True)
     weight_decay: float = flag(0.0, "a step, times lr", within="[0, 1)")
     lr_schedule: str = flag("cosine", "after warming up", ["constant", "cosine"], full="constant")
     grad_clip: float = flag(1.0, "largest norm of the gradient", within="(0, inf]", later=True)
@@ -110,7 +111,7 @@ class Sampling:  # how they are used: free
     sample_steps: int = flag(20, "network calls for an image", full=250, within="[1, 10000]")
     spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", within="[1, 4]")
     eta: float = flag(0.0, "noise of a step: 0 none, 1 the posterior's", within="[0, 1]")
-    inflation: float = flag(1.03, "of the first noise, for wider draws", within="[0, 2]")
+    inflation: float = flag(1.01, "of the first noise, for wider draws", within="[0, 2]")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
     enforce_observed: bool = flag(True, "put the observed points back at the end")
@@ -268,9 +269,9 @@ def learning_rate(step, config):
     return config.lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
 
 
-def masks_of(index, size, config):
-    """Fixed masks of images `index` (B,): of the context and of the query."""
-    return make_masks((config.mask_seed << 32) + index, 0, size, config)
+def masks_of(index, size, config, epoch=0):
+    """Masks of images `index` (B,): of the context and of the query."""
+    return make_masks((config.mask_seed << 32) + index, epoch, size, config)
 
 
 @torch.no_grad()
@@ -282,9 +283,8 @@ def held_out_losses(model, held_out, config):
         noise = gp_noise(seeded_normal(index, part.images.shape[1:]), config.length_scale)
         x_start = to_float(part.images)
         masks = masks_of(TEST_INDEX + index, x_start.shape[-1], config)
-        points = points_of(x_start, masks[0])
-        loss = training_loss(model, model.guess, x_start, t, noise, masks, points, config)
-        losses[f"{name}_loss"] = loss
+        given = noise, masks, points_of(x_start, masks[0])
+        losses[f"{name}_loss"] = training_loss(model, model.guess, x_start, t, *given, config)
     return losses
 
 
@@ -299,7 +299,8 @@ def train(run, model, ema, data, config):
     for step in run.steps():
         index, keys = run.batch(step, len(data.images))  # a key to all that is random of an image
         x_start = to_float(data.images[index])
-        masks = masks_of(index, x_start.shape[-1], config)
+        epoch = 0 if config.mask_mode == "fixed" else run.epoch
+        masks = masks_of(index, data.shape[-1], config, epoch)
         start = seeded_uniform(run.step_key, TIMESTEP)
         # Low discrepancy; more near 0, as in sampling: the blur soon leaves z nothing to say.
         t = ((start + run.places) % 1) ** 1.4
@@ -307,9 +308,8 @@ def train(run, model, ema, data, config):
         if config.flip:
             x_start, *masks = mirror_half(keys, x_start, *masks)
         points = points_of(x_start, masks[0])
-        if step % 8 == 7:  # now and then anywhere, half as many to twice
+        if step % 16 == 15:  # now and then anywhere, half as many to twice
             points = random_points(x_start, keys, points.there.shape[1], run.step_key)
-
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         loss = training_loss(network, model.guess, x_start, t, noise, masks, points, config)

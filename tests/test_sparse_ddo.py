@@ -356,14 +356,15 @@ def watch(monkeypatch):
     return watched
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_masks_are_the_same_in_every_epoch(tmp_path, watch, flip):
-    """Of a mirrored image mirrored, so that an image only ever shows one set of pixels."""
+@pytest.mark.parametrize("mode, flip", [("fixed", False), ("fixed", True), ("random_epoch", False)])
+def test_masks_are_new_in_every_epoch_or_fixed(tmp_path, watch, mode, flip):
+    """Then of a mirrored image mirrored, so that an image only ever shows one set of pixels."""
     shapes, _ = load_images("shapes", image_size=16)
     own = {to_float(x).numpy().tobytes(): (i, False) for i, x in enumerate(shapes)}
     own |= {to_float(x.flip(-1)).numpy().tobytes(): (i, True) for i, x in enumerate(shapes)}
     masks, both = {}, set()
-    flags = ["--steps", "39", "--seed", "3", *["--flip"] * flip]  # three epochs of 13 batches
+    flags = ["--mask-mode", mode, *["--flip"] * flip]
+    flags += ["--steps", "39", "--seed", "3"]  # three epochs of 13 batches
     for x_start, _, pairs in watch(tmp_path, *flags):
         assert (pairs.sum((2, 3)) == 26).all() and not pairs.all(1).any()
         for x, pair in zip(x_start, pairs, strict=True):
@@ -371,7 +372,9 @@ def test_masks_are_the_same_in_every_epoch(tmp_path, watch, flip):
             masks.setdefault(i, []).append(pair.flip(-1) if turned else pair)
             both.add((i, turned))
     assert len(masks) > 150 and max(map(len, masks.values())) == 3
-    assert all(torch.equal(pair, same[0]) for same in masks.values() for pair in same)
+    for pairs in masks.values():
+        different = len({pair.numpy().tobytes() for pair in pairs})
+        assert different == (1 if mode == "fixed" else len(pairs))
     first = {same[0].numpy().tobytes() for same in masks.values()}
     assert len(first) == len(masks)  # each image its own
     assert len(both) > 1.6 * len(masks) if flip else not any(turned for _, turned in both)
