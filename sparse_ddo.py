@@ -33,8 +33,7 @@ spread few steps would narrow:
     z_s = sqrt((D_s - w) / D_t) z_t + c (r - g) + sqrt(w) e'
     c = alpha_s - alpha_t sqrt((N_s - w) / N_t)
 
-where w is eta^2 of the variance that the posterior of z_s given r and z_t has. No draw knows
-what is wrong with the network, so the first noise is larger (inflation, Anderson & Anderson 1999).
+where w is eta^2 of the variance that the posterior of z_s given r and z_t has.
 
     python sparse_ddo.py                                                     # train, reconstruct
     python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
@@ -94,7 +93,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
-    steps: int | None = flag(6500, "optimizer steps", full=None, later=True)
+    steps: int | None = flag(6800, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=100, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
     optimizer: str = flag("muon", "see optimizer.py", ["muon", "adam"], full="adam")
@@ -108,10 +107,8 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 @dataclass
 class Sampling:  # how they are used: free
     image_size: int = flag(32, "side of the grid", within="[4, 4096]", later=False)
-    sample_steps: int = flag(20, "network calls for an image", full=250, within="[1, 10000]")
-    spacing: float = flag(2.0, "of steps: 1 even, 2 closer near 0", within="[1, 4]")
+    sample_steps: int = flag(25, "network calls for an image", full=250, within="[1, 10000]")
     eta: float = flag(0.0, "noise of a step: 0 none, 1 the posterior's", within="[0, 1]")
-    inflation: float = flag(1.01, "of the first noise, for wider draws", within="[0, 2]")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
     enforce_observed: bool = flag(True, "put the observed points back at the end")
@@ -153,7 +150,7 @@ def log_alpha(t, n, config):
 
 def sampling_table(n, config):
     """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
-    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** config.spacing
+    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64)
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
     alpha, kept = log.exp(), (log[:-1] - log[1:]).exp() * sigma[1:] / sigma[:-1]
@@ -238,7 +235,7 @@ def make_sampler(model, shape, config):
     def sample(seeds, points):
         see, as_points = model.guess.see, config.conditioning == "setconv"
         seen = Seen(*once_each(lambda *p: see(Points(*p), size, as_points), *points))
-        z = config.inflation * gp_noise(seeded_normal(seeds, shape), config.length_scale)
+        z = gp_noise(seeded_normal(seeds, shape), config.length_scale)
         for step in range(steps):
             z = reverse_step(z, step, seeds, *seen)
             if step + 1 == steps:
@@ -302,7 +299,7 @@ def train(run, model, ema, data, config):
         epoch = 0 if config.mask_mode == "fixed" else run.epoch
         masks = masks_of(index, data.shape[-1], config, epoch)
         start = seeded_uniform(run.step_key, TIMESTEP)
-        # Low discrepancy; more near 0, as in sampling: the blur soon leaves z nothing to say.
+        # Low discrepancy; more near 0: the blur soon leaves z nothing to say.
         t = ((start + run.places) % 1) ** 1.4
         noise = gp_noise(seeded_normal(keys, data.shape, TRAIN_NOISE), config.length_scale)
         if config.flip:
