@@ -93,7 +93,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
-    steps: int | None = flag(6800, "optimizer steps", full=None, later=True)
+    steps: int | None = flag(6200, "optimizer steps", full=None, later=True)
     epochs: int | None = flag(None, "the same in passes over the data", full=100, later=True)
     batch_size: int = flag(32, "images a step, over all processes; also of sampling", full=128)
     optimizer: str = flag("muon", "see optimizer.py", ["muon", "adam"], full="adam")
@@ -107,7 +107,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
 @dataclass
 class Sampling:  # how they are used: free
     image_size: int = flag(32, "side of the grid", within="[4, 4096]", later=False)
-    sample_steps: int = flag(25, "network calls for an image", full=250, within="[1, 10000]")
+    sample_steps: int = flag(30, "network calls for an image", full=250, within="[1, 10000]")
     eta: float = flag(0.0, "noise of a step: 0 none, 1 the posterior's", within="[0, 1]")
     num_samples: int = flag(256, "test images to reconstruct", within="[1, 1048576]")
     num_draws: int = flag(8, "K, reconstructions of each", within="[1, 1000]")
@@ -150,7 +150,7 @@ def log_alpha(t, n, config):
 
 def sampling_table(n, config):
     """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
-    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64)
+    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** 1.5
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
     alpha, kept = log.exp(), (log[:-1] - log[1:]).exp() * sigma[1:] / sigma[:-1]

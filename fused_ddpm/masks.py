@@ -190,7 +190,7 @@ def make_masks(keys, epoch, size, config, observed=None):
     if observed is not None:
         score = torch.where(observed.flatten(1), score, 1 << 45)
     # With the pixel's number as the last digits there are no ties: the same order everywhere.
-    order = (score * n + torch.arange(n, device=device)).argsort(dim=1)
+    order = argsort(score * n + torch.arange(n, device=device))
     rank, seen = torch.arange(n, device=device), seen[:, None]
     end = seen + torch.as_tensor(scored, device=device).view(-1, 1)
     masks = torch.zeros(2, len(keys), n, dtype=torch.bool, device=device)
@@ -199,6 +199,11 @@ def make_masks(keys, epoch, size, config, observed=None):
     if observed is not None:  # of some images perhaps nothing
         masks &= observed.flatten(1)
     return masks.view(2, -1, 1, size, size).unbind(0)
+
+
+def argsort(x):
+    """Of the rows of x, which has no equal ones. On a CPU numpy's is four times as fast."""
+    return torch.from_numpy(x.numpy().argsort(axis=1)) if x.is_cpu else x.argsort(dim=1)
 
 
 def pattern_scores(words, keys, epoch, size, seen, config):
