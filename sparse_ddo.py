@@ -38,7 +38,7 @@ where w is eta^2 of the variance that the posterior of z_s given r and z_t has.
     python sparse_ddo.py                                                     # train, reconstruct
     python sparse_ddo.py --sample out/sparse_ddo/last.pt --image-size 64     # on a finer grid
 
-Measured: 9 to 10 minutes on two cores. On 256 test images of Fashion-MNIST, unseen pixels, the mean
+Measured: 9 minutes or so on two cores. On 256 test images of Fashion-MNIST, unseen pixels, the mean
 of 8 draws has 20.1 dB, one call 20.4, the best linear method 18.8.
 """
 
@@ -89,7 +89,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     sparsity: list[float] = flag([0.1], "fraction of pixels seen; two: from .. to", within="(0, 1)")
     target_sparsity: float | None = flag(None, "of the query; the same", within="(0, 1)")
     mask_seed: int = flag(42, "of all masks, whatever the run's", within="[0, 2147483647]")
-    mask_mode: str = flag("random_epoch", "of training", ["random_epoch", "fixed"], full="fixed")
+    mask_mode: str = flag("random_epoch", "their change", ["random_epoch", "fixed"], full="fixed")
     mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
@@ -150,7 +150,7 @@ def log_alpha(t, n, config):
 
 def sampling_table(n, config):
     """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
-    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** 1.5
+    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** 1.5  # denser at 0
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
     alpha, kept = log.exp(), (log[:-1] - log[1:]).exp() * sigma[1:] / sigma[:-1]
@@ -307,6 +307,7 @@ def train(run, model, ema, data, config):
         points = points_of(x_start, masks[0])
         if step % 16 == 15:  # now and then anywhere, half as many to twice
             points = random_points(x_start, keys, points.there.shape[1], run.step_key)
+
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         loss = training_loss(network, model.guess, x_start, t, noise, masks, points, config)
