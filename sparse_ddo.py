@@ -89,7 +89,7 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     sparsity: list[float] = flag([0.1], "fraction of pixels seen; two: from .. to", within="(0, 1)")
     target_sparsity: float | None = flag(None, "of the query; the same", within="(0, 1)")
     mask_seed: int = flag(42, "of all masks, whatever the run's", within="[0, 2147483647]")
-    mask_mode: str = flag("random_epoch", "their change", ["random_epoch", "fixed"], full="fixed")
+    mask_mode: str = flag("random_epoch", "when redrawn", ["random_epoch", "fixed"], full="fixed")
     mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
     loss: str = flag("l2", "distance to what is predicted", ["l2", "l1", "huber"])
