@@ -150,7 +150,7 @@ def log_alpha(t, n, config):
 
 def sampling_table(n, config):
     """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
-    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** 1.5  # denser at 0
+    times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** 1.3  # denser at 0
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
     alpha, kept = log.exp(), (log[:-1] - log[1:]).exp() * sigma[1:] / sigma[:-1]
@@ -175,36 +175,39 @@ def q_sample(r, t, noise, config):
 
 
 def predict(model, z, t, seen, config):
-    """(x, scale, f) in pixels, f along the axes of seen; the loss of x is in units of scale.
-
-    z: (B, C, n, n), modes divided by n. seen: of LinearGuess.see.
+    """(g, r - g, scale, f): two like z, modes (B, C, n, n) divided by n; the loss's units of x,
+    (B, 1, 1, 1); what the network says, in pixels along the axes of seen, of LinearGuess.see.
     """
     h, std, V, n = seen.h, seen.std, seen.V, z.shape[-1]
     alpha = log_alpha(t, n, config).exp().float()[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
     noise = (sigma * noise_scale(n, config.length_scale, z.device)) ** 2 + ROUNDING
     D = alpha**2 * V + noise
-    known, k = alpha * V * z / D, (V * noise / D).sqrt()
-    x_in, news = seen.restore(idct(known) * n), idct(z * D.rsqrt())  # news is white, of size 1
+    g, k = alpha * V * z / D, (V * noise / D).sqrt()
+    x_in, news = seen.restore(idct(g) * n), idct(z * D.rsqrt())  # news is white, of size 1
     unsure = (std * V.mean(1, True).sum((2, 3), True).sqrt()).log() / 2 + 1  # -1 to 1, or so
     inputs = torch.cat([x_in, news, h, unsure], dim=1)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bfloat16):
         f = model(inputs, t, seen.features).float()
     scale = std.square().mean((2, 3), True) * k.square().mean(1, True).sum((2, 3), True)
-    if config.objective == "x0":
-        known, k, scale = 0, 1 / n, torch.ones_like(scale)
-    elif config.objective == "eps":  # where alpha is nearly 0 that is but rounding
-        known, k = (x * (alpha > 1e-3) / alpha.clamp(min=1e-3) for x in (z, -sigma / n))
-    return seen.restore(idct(known + k * dct(f)) * n), scale.clamp(min=1e-5).sqrt(), f
+    if config.objective == "residual":
+        rest = k * dct(f)
+    elif config.objective == "x0":
+        rest, scale = dct(f) / n - g, torch.ones_like(scale)
+    else:  # eps; where alpha is nearly 0 that is but rounding
+        rest = (z - sigma / n * dct(f)) * (alpha > 1e-3) / alpha.clamp(min=1e-3) - g
+    return g, rest, scale.clamp(min=1e-5).sqrt(), f
 
 
 def training_loss(model, guess, x_start, t, noise, masks, points, config):
     """The loss of a batch (B, C, n, n) in [-1, 1]. t, noise: see q_sample; masks: make_masks."""
-    n, eps = x_start.shape[-1], config.objective == "eps"
+    n = x_start.shape[-1]
     seen = guess.see(points, n, config.conditioning == "setconv")
     z = q_sample(seen.standardize(x_start), t, noise, config)
-    x_hat, scale, f = predict(model, z, t, seen, config)
-    out, goal = (f, idct(noise) * n) if eps else (x_hat / scale, x_start / scale)
+    g, rest, scale, f = predict(model, z, t, seen, config)
+    out, goal = f, idct(noise) * n
+    if config.objective != "eps":
+        out, goal = seen.restore(idct(g + rest) * n) / scale, x_start / scale
     where = masks[1] if config.loss_region == "query" else None
     return masked_loss(out, goal, where, kind=config.loss)
 
@@ -222,14 +225,16 @@ def make_sampler(model, shape, config):
     @graphed  # on a GPU one launch a step, network and all
     def reverse_step(z, step, seeds, *seen):
         seen = Seen(*seen)
-        x, _, _ = predict(model, z, times[step].expand(len(z)), seen, config)
-        r, V = seen.standardize(x if steps == 1 else x.clamp_(-1, 1)), seen.V
+        g, rest, _, _ = predict(model, z, times[step].expand(len(z)), seen, config)
         if steps == 1:  # from noise: the posterior mean
-            return dct(r) / n
-        D_t, D_s = (alpha[i] ** 2 * V + N[i] + ROUNDING for i in (step, step + 1))
-        kept, of_g = ((D_s - spread[step] ** 2).clamp(min=0) / D_t).sqrt(), alpha[step] * V / D_t
-        noise = seeded_normal(seeds, shape, STEP_NOISE, step, steps) if config.eta else 0
-        return (kept - c[step] * of_g) * z + c[step] / n * dct(r) + spread[step] * noise
+            return g + rest
+        N_s = (N[step + 1] - spread[step] ** 2).clamp(min=0)  # less w
+        D_t = torch.addcmul(N[step] + ROUNDING, alpha[step] ** 2, seen.V)
+        D_s = torch.addcmul(N_s + ROUNDING, alpha[step + 1] ** 2, seen.V)
+        z = torch.addcmul((D_s / D_t).sqrt() * z, c[step], rest)
+        if config.eta:
+            z = z + spread[step] * seeded_normal(seeds, shape, STEP_NOISE, step, steps)
+        return z
 
     @torch.no_grad()
     def sample(seeds, points):

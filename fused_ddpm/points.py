@@ -10,6 +10,7 @@ from fused_ddpm.images import to_float
 from fused_ddpm.linear import LARGEST_SIDE, LinearFill, set_apart
 from fused_ddpm.masks import make_masks, places_of
 from fused_ddpm.noise import FRACTION, POINTS, random_words, seeded_uniform
+from fused_ddpm.results import once_each
 
 import torch
 import torch.nn as nn
@@ -101,13 +102,17 @@ def put_back(x, points, length):
     """x (B, C, n, n) changed, as little as the kernel exp(-(r / length)^2) can, so that it has the
     values of the points: x + K(., O) (K(O, O) + NUGGET)^-1 (y - x(O))."""
     (places, values, there), n = points, x.shape[-1]
-    both = there[:, :, None] & there[:, None]
     at = places.mT  # (B, 2, P)
-    square = (at[..., None] - at[:, :, None]).square().sum(1)
-    among = bell(square / length**2) * both
-    among = among + NUGGET * torch.eye(places.shape[1], device=x.device)
+
+    def factor(at, there):
+        square = (at[..., None] - at[:, :, None]).square().sum(1)
+        among = bell(square / length**2) * (there[:, :, None] & there[:, None])
+        among = among + NUGGET * torch.eye(at.shape[2], device=x.device)
+        return [torch.linalg.cholesky_ex(among)[0]]
+
+    (root,) = once_each(factor, at, there)
     off = (values - at_points(x, places)) * there[:, None]
-    weights = torch.linalg.solve(among, off.mT).mT  # (B, C, P)
+    weights = torch.cholesky_solve(off.mT, root).mT  # (B, C, P)
     centre = (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5) / n
     row, column = bell(((centre[:, None] - at[:, :, None]) / length).square()).unbind(1)
     return x + (row[:, None] * weights[:, :, None]) @ column[:, None].mT

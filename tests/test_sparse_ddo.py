@@ -177,7 +177,7 @@ def test_gaussian_data_come_back(n, steps, eta, objective):
     def closed_form(upto):  # the modes' mean and variance: exact whatever the steps
         if upto == steps:  # x itself
             return mean, STD**2 * spectrum
-        alpha, sigma = of_modes((1 - upto / steps) ** 1.5)
+        alpha, sigma = of_modes((1 - upto / steps) ** 1.3)
         return 0 * mean, (alpha**2 + sigma**2) * spectrum
 
     h, std = (torch.full((1, 1, 32, 32), value) for value in (MEAN, STD))
@@ -234,11 +234,11 @@ def test_what_the_network_adds_takes_the_steps_of_ddim(eta):
     """With c and w by their definitions; and the last step has no noise."""
     config, S = small_config(eta=eta), 20
     times, alpha, N, c, spread = (x.double() for x in script.sampling_table(32, config))
-    torch.testing.assert_close(times, torch.linspace(1, 0.05, S).double() ** 1.5)
+    torch.testing.assert_close(times, torch.linspace(1, 0.05, S).double() ** 1.3)
     k2, spectrum = spectrum_of(32)
     for i in (0, 7, S - 2):
         (a_t, sigma_t, blur_t), (a_s, sigma_s, blur_s) = (
-            at(((S - j) / S) ** 1.5) for j in (i, i + 1)
+            at(((S - j) / S) ** 1.3) for j in (i, i + 1)
         )
         alpha_t, alpha_s = (
             a * torch.exp(-k2 * b**2 / 2) for a, b in ((a_t, blur_t), (a_s, blur_s))
