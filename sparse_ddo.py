@@ -52,13 +52,14 @@ from fused_ddpm.fill import baselines
 from fused_ddpm.fno import FnoUnet
 from fused_ddpm.grids import dct, gp_noise, idct, noise_scale, resize
 from fused_ddpm.images import Data, mirror_half, to_float, to_unit
+from fused_ddpm.linear import once_each
 from fused_ddpm.masks import PATTERNS, TEST_INDEX, check_masks, make_masks
 from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import STEP_NOISE, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions, draw_resolutions
 from fused_ddpm.points import LinearGuess, Points, Seen, points_of, put_back, random_points
-from fused_ddpm.results import draw_each, once_each, write_results
+from fused_ddpm.results import draw_each, write_results
 from fused_ddpm.runs import Run
 
 import torch
@@ -175,8 +176,8 @@ def q_sample(r, t, noise, config):
 
 
 def predict(model, z, t, seen, config):
-    """(g, r - g, scale, f): two like z, modes (B, C, n, n) divided by n; the loss's units of x,
-    (B, 1, 1, 1); what the network says, in pixels along the axes of seen, of LinearGuess.see.
+    """(g, r - g, scale, f). z, g, r - g: modes (B, C, n, n), divided by n. scale: (B, 1, 1, 1), the
+    loss's unit of x. f: what the network says, pixels along seen.axes. seen: of LinearGuess.see.
     """
     h, std, V, n = seen.h, seen.std, seen.V, z.shape[-1]
     alpha = log_alpha(t, n, config).exp().float()[:, None]
@@ -228,9 +229,9 @@ def make_sampler(model, shape, config):
         g, rest, _, _ = predict(model, z, times[step].expand(len(z)), seen, config)
         if steps == 1:  # from noise: the posterior mean
             return g + rest
-        N_s = (N[step + 1] - spread[step] ** 2).clamp(min=0)  # less w
+        left = (N[step + 1] - spread[step] ** 2).clamp(min=0)  # N_s - w
         D_t = torch.addcmul(N[step] + ROUNDING, alpha[step] ** 2, seen.V)
-        D_s = torch.addcmul(N_s + ROUNDING, alpha[step + 1] ** 2, seen.V)
+        D_s = torch.addcmul(left + ROUNDING, alpha[step + 1] ** 2, seen.V)
         z = torch.addcmul((D_s / D_t).sqrt() * z, c[step], rest)
         if config.eta:
             z = z + spread[step] * seeded_normal(seeds, shape, STEP_NOISE, step, steps)

@@ -38,13 +38,13 @@ from fused_ddpm import graphed, masked_loss, posterior_step, seeded_normal
 from fused_ddpm.config import RunConfig, flag
 from fused_ddpm.fill import baselines
 from fused_ddpm.images import Data, mirror_half
-from fused_ddpm.linear import LinearFill
+from fused_ddpm.linear import LinearFill, once_each
 from fused_ddpm.masks import check_masks, held_out_keys, in_parts, mask_held_out, mask_images
 from fused_ddpm.metrics import Intervals
 from fused_ddpm.noise import DROP, TIMESTEP, TRAIN_NOISE, seeded_uniform
 from fused_ddpm.optimizer import make_optimizer
 from fused_ddpm.pictures import draw_losses, draw_reconstructions
-from fused_ddpm.results import draw_as_classes, draw_each, once_each, write_results
+from fused_ddpm.results import draw_as_classes, draw_each, write_results
 from fused_ddpm.runs import Run
 from fused_ddpm.unet import Unet, check_sizes
 

@@ -283,6 +283,17 @@ def linear_weights(covariance, mask, off):
     return linear_weights_reference(covariance, mask, off)
 
 
+def once_each(function, *inputs):
+    """function(*inputs), tensors of which a row depends on that row of the inputs (B, ...) alone:
+    computed once where rows repeat the one before, as those of an image's draws do."""
+    if inputs[0].device.type != "cpu":  # it would cost more to wait for the answer
+        return function(*inputs)
+    new = torch.ones(len(inputs[0]), dtype=torch.bool)
+    new[1:] = torch.stack([(x[1:] != x[:-1]).flatten(1).any(1) for x in inputs]).any(0)
+    which = new.cumsum(0) - 1
+    return [x[which] for x in function(*(x[new] for x in inputs))]
+
+
 def set_apart(data):
     """(index, batches of indices), int64: of a few training images to judge with, of the others."""
     index, pixels = torch.arange(len(data.images), device=data.images.device), data.shape[-1] ** 2

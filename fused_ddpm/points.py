@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from fused_ddpm.grids import cosines, dct, dct_matrix, resize
 from fused_ddpm.images import to_float
-from fused_ddpm.linear import LARGEST_SIDE, LinearFill, set_apart
+from fused_ddpm.linear import LARGEST_SIDE, LinearFill, once_each, set_apart
 from fused_ddpm.masks import make_masks, places_of
 from fused_ddpm.noise import FRACTION, POINTS, random_words, seeded_uniform
-from fused_ddpm.results import once_each
 
 import torch
 import torch.nn as nn

@@ -29,17 +29,6 @@ def draw_each(run, model, sample, inputs, shape, config, file=None, parts=1):
     return samples.gather().unflatten(0, (config.num_draws, n))
 
 
-def once_each(function, *inputs):
-    """function(*inputs), tensors of which a row depends on that row of the inputs (B, ...) alone:
-    computed once where rows repeat the one before, as those of an image's draws do."""
-    if inputs[0].device.type != "cpu":  # it would cost more to wait for the answer
-        return function(*inputs)
-    new = torch.ones(len(inputs[0]), dtype=torch.bool)
-    new[1:] = torch.stack([(x[1:] != x[:-1]).flatten(1).any(1) for x in inputs]).any(0)
-    which = new.cumsum(0) - 1
-    return [x[which] for x in function(*(x[new] for x in inputs))]
-
-
 def write_results(run, found, intervals=None, regions=("unseen",)):
     """metrics.json, reconstructions.npz, samples.npy, pictures; the table is printed.
 

@@ -103,7 +103,7 @@ class Samples:
         batches = [i for i in batches if not self.done[i.cpu().numpy()].all()][rank() :: world()]
         total = len(batches) * (steps or self.config.sample_steps)
         hidden = rank() > 0 or (self.path is None and total < 1000)  # a few seconds
-        about = {"desc": "sampling", "unit": "step", "mininterval": 0.5}  # each costs 0.2 ms
+        about = {"desc": "sampling", "unit": "step", "mininterval": 0.5}  # drawing it costs 0.2 ms
         self.bar = tqdm(total=total, leave=False, disable=hidden, **about)
         yield from batches
         self.bar.close()

@@ -7,7 +7,7 @@ import sparse_ddpm
 from fused_ddpm import linear, ops
 from fused_ddpm.fill import set_convolution
 from fused_ddpm.folders import Part
-from fused_ddpm.linear import PRIORS, RIDGE, SHARP, LinearFill, telling_order
+from fused_ddpm.linear import PRIORS, RIDGE, SHARP, LinearFill, once_each, telling_order
 from fused_ddpm.masks import hide, in_parts, make_masks, observe
 
 import pytest
@@ -470,3 +470,17 @@ def test_the_first_of_the_order_tell_more_than_random_ones():
     others = [torch.randperm(64, generator=g)[:10].tolist() for _ in range(50)]
     least = min(left(covariance, other).sum() for other in others)
     assert left(covariance, first).sum() < least
+
+
+def test_equal_rows_in_turn_are_computed_once():
+    asked = []
+
+    def function(x, mask):
+        asked.append(x.flatten().tolist())
+        return x + mask, ~mask
+
+    x = torch.tensor([1.0, 1, 2, 2, 2, 1, 1]).view(-1, 1, 1, 1)
+    mask = torch.tensor([0, 0, 0, 1, 1, 1, 1]).bool().view(-1, 1, 1, 1)
+    together, apart = once_each(function, x, mask), function(x, mask)
+    assert asked[0] == [1, 2, 2, 1]
+    assert all(map(torch.equal, together, apart))

@@ -122,6 +122,29 @@ def test_observed_values_are_put_back(n):
     torch.testing.assert_close(put_back(zeros, fewer, 0.08), put_back(zeros, only, 0.08))
 
 
+def test_values_are_put_back_image_by_image():
+    """By the formula, in float64; also where places repeat and what is seen does not."""
+    points, n = scattered(300), 16  # so many that some all but coincide
+    which = torch.tensor([0, 0, 0, 1, 1])
+    places, values, there = (x[which] for x in points)
+    there = there & (torch.arange(300) < torch.tensor([300, 300, 9, 9, 300])[:, None])
+    points = Points(places, values * torch.arange(1, 6).view(-1, 1, 1) / 5, there)
+    x = torch.randn(5, 1, n, n, generator=torch.Generator().manual_seed(1))
+    found = put_back(x, points, 0.05)
+    centre = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    centre = torch.cartesian_prod(centre, centre)
+
+    def kernel(a, b):
+        return torch.exp(-(torch.cdist(a, b) ** 2) / 0.05**2)
+
+    for i in range(5):
+        at, y = places[i, there[i]].double(), points.values[i, 0, there[i]].double()
+        off = y - at_points(x[i : i + 1], at.float()[None])[0, 0].double()
+        weights = torch.linalg.solve(kernel(at, at) + 1e-4 * torch.eye(len(at)), off)
+        expected = x[i, 0].double() + (kernel(centre, at) @ weights).view(n, n)
+        torch.testing.assert_close(found[i, 0].double(), expected, rtol=1e-3, atol=2e-3)
+
+
 # -- kriging ---------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import sparse_ddpm
 from fused_ddpm.grids import resize
 from fused_ddpm.metrics import psnr
-from fused_ddpm.results import draw_each, once_each, write_results
+from fused_ddpm.results import draw_each, write_results
 from fused_ddpm.samples import Samples
 
 import pytest
@@ -36,20 +36,6 @@ def test_draws_are_kept_as_they_are_and_measured_where_the_truth_is(tmp_path, ca
     written.clear()
     write_results(run, found)
     assert not written
-
-
-def test_equal_rows_in_turn_are_computed_once():
-    asked = []
-
-    def function(x, mask):
-        asked.append(x.flatten().tolist())
-        return x + mask, ~mask
-
-    x = torch.tensor([1.0, 1, 2, 2, 2, 1, 1]).view(-1, 1, 1, 1)
-    mask = torch.tensor([0, 0, 0, 1, 1, 1, 1]).bool().view(-1, 1, 1, 1)
-    together, apart = once_each(function, x, mask), function(x, mask)
-    assert asked[0] == [1, 2, 2, 1]
-    assert all(map(torch.equal, together, apart))
 
 
 def test_the_draws_of_an_image_come_together(tmp_path):

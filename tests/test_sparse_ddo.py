@@ -255,6 +255,47 @@ def test_what_the_network_adds_takes_the_steps_of_ddim(eta):
     assert all(x.isfinite().all() for x in large)
 
 
+@pytest.mark.parametrize("objective", ["residual", "x0", "eps"])
+@pytest.mark.parametrize("eta, steps", [(0.0, 1), (0.0, 5), (0.7, 5), (1.0, 5)])
+def test_every_step_is_that_of_the_formulas(objective, eta, steps):
+    """In float64, of a network that is far from the guess and far outside of [-1, 1]."""
+    config = small_config(objective=objective, eta=eta, sample_steps=steps, enforce_observed=False)
+    k2, prior = spectrum_of(32)
+    noise, V = prior / 32**2, (0.075 / (1 + k2) ** 1.5).expand(2, -1, -1)
+    f = 2 * torch.cat([a_function(32, 3), -a_function(32, 3).mT], dim=1)
+    h, std = torch.full((1, 1, 32, 32), 0.5), torch.full((1, 1, 32, 32), 0.7)
+    seeds, axes = torch.arange(3), torch.eye(2)
+    model = Stub(lambda inputs, t: f.expand(len(inputs), -1, -1, -1), h, std, V.float(), axes)
+    *found, x = script.make_sampler(model, (2, 32, 32), config)(seeds, no_points(3))
+    z = script.gp_noise(script.seeded_normal(seeds, (2, 32, 32)), 0.05).double()
+    F = script.dct(f).double() / 32
+    for i in range(steps):
+        (a, sigma, blur), (a_s, sigma_s, blur_s) = (at((1 - j / steps) ** 1.3) for j in (i, i + 1))
+        alpha, alpha_s = a * torch.exp(-k2 * blur**2 / 2), a_s * torch.exp(-k2 * blur_s**2 / 2)
+        if i + 1 == steps:
+            alpha_s, sigma_s = torch.ones_like(alpha), 0.0
+        N, N_s = sigma**2 * noise + script.ROUNDING, sigma_s**2 * noise
+        D = alpha**2 * V + N
+        g = alpha * V * z / D
+        if objective == "residual":
+            r = g + 32 * F * (V * N / D).sqrt()
+        elif objective == "x0":
+            r = F
+        else:
+            r = (z - sigma * F) * (alpha > 1e-3) / alpha.clamp(min=1e-3)
+        w = eta**2 * N_s * (1 - (alpha / alpha_s * sigma_s / sigma) ** 2)
+        c = alpha_s - alpha * ((N_s - w) / (sigma**2 * noise)).sqrt()
+        z = ((alpha_s**2 * V + N_s - w + script.ROUNDING) / D).sqrt() * z + c * (r - g)
+        if eta:
+            white = script.seeded_normal(seeds, (2, 32, 32), script.STEP_NOISE, i, steps)
+            z = z + w.sqrt() * white
+        if i + 1 < steps:
+            torch.testing.assert_close(found[i].double(), z, rtol=1e-4, atol=1e-4 * z.abs().max())
+    expected = 0.5 + 0.7 * 32 * script.idct((z if steps > 1 else r).float())
+    assert x.abs().max() > 1.5
+    torch.testing.assert_close(x, expected.expand_as(x), rtol=0, atol=1e-4 * x.abs().max())
+
+
 def small_model(**changes):
     """A network away from its start, and a guess from a smooth covariance."""
     config = small_config(modes=16, dim=8, dim_mults=[1, 2], **changes)
