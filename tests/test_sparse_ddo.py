@@ -177,7 +177,7 @@ def test_gaussian_data_come_back(n, steps, eta, objective):
     def closed_form(upto):  # the modes' mean and variance: exact whatever the steps
         if upto == steps:  # x itself
             return mean, STD**2 * spectrum
-        alpha, sigma = of_modes((1 - upto / steps) ** 1.3)
+        alpha, sigma = of_modes((1 - upto / steps) ** 1.5)
         return 0 * mean, (alpha**2 + sigma**2) * spectrum
 
     h, std = (torch.full((1, 1, 32, 32), value) for value in (MEAN, STD))
@@ -234,11 +234,11 @@ def test_what_the_network_adds_takes_the_steps_of_ddim(eta):
     """With c and w by their definitions; and the last step has no noise."""
     config, S = small_config(eta=eta), 20
     times, alpha, N, c, spread = (x.double() for x in script.sampling_table(32, config))
-    torch.testing.assert_close(times, torch.linspace(1, 0.05, S).double() ** 1.3)
+    torch.testing.assert_close(times, torch.linspace(1, 0.05, S).double() ** 1.5)
     k2, spectrum = spectrum_of(32)
     for i in (0, 7, S - 2):
         (a_t, sigma_t, blur_t), (a_s, sigma_s, blur_s) = (
-            at(((S - j) / S) ** 1.3) for j in (i, i + 1)
+            at(((S - j) / S) ** 1.5) for j in (i, i + 1)
         )
         alpha_t, alpha_s = (
             a * torch.exp(-k2 * b**2 / 2) for a, b in ((a_t, blur_t), (a_s, blur_s))
@@ -270,7 +270,7 @@ def test_every_step_is_that_of_the_formulas(objective, eta, steps):
     z = script.gp_noise(script.seeded_normal(seeds, (2, 32, 32)), 0.05).double()
     F = script.dct(f).double() / 32
     for i in range(steps):
-        (a, sigma, blur), (a_s, sigma_s, blur_s) = (at((1 - j / steps) ** 1.3) for j in (i, i + 1))
+        (a, sigma, blur), (a_s, sigma_s, blur_s) = (at((1 - j / steps) ** 1.5) for j in (i, i + 1))
         alpha, alpha_s = a * torch.exp(-k2 * blur**2 / 2), a_s * torch.exp(-k2 * blur_s**2 / 2)
         if i + 1 == steps:
             alpha_s, sigma_s = torch.ones_like(alpha), 0.0
