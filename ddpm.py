@@ -48,7 +48,7 @@ class Model:  # what the weights are: fixed with a checkpoint
     dim: int = flag(16, "channels at full resolution", full=128, within="[1, 4096]")
     dim_mults: list[int] = flag([1, 4, 8], "channels of each level, times dim", full=[1, 2, 2, 2])
     num_blocks: int = flag(1, "residual blocks of each level", full=3, within="[1, 100]")
-    attn_resolutions: list[int] = flag([], "sides of the maps that get attention", full=[16])
+    attn_resolutions: list[int] = flag([], "sides with attention beside the coarsest", full=[16])
     linear_attention: bool = flag(False, "attention at cost linear in the pixels elsewhere")
     num_timesteps: int = flag(1000, "T, steps of the forward process")
     schedule: str = flag("cosine", "of beta", ["linear", "cosine", "sigmoid"], full="linear")

@@ -5,17 +5,17 @@ function: 10% of the pixels, or any places. State, noise and network are functio
 modes, and only the result is put on a grid: what is learnt at 32x32 reconstructs at 48x48 or 64x64.
 
 The points alone give the best linear guess h by the covariance of the training images (kriging; see
-points.py), off by a variance v(u) at a place u, more where the points show contrast. What diffuses
-is what they leave open, as wide at every place: r = A (x - h) / std with std^2 = v / mean v, A's
-rows the channels' principal axes. In the DCT (orthonormal), mode k = (k1, k2), t from 0 to 1:
+points.py), off by a variance v(u) at a place u, more in an image whose points show more contrast.
+What diffuses is what they leave open, scaled to one width at every place: r = A (x - h) / std with
+std^2 = v / mean v, A's rows the channels' principal axes. In the DCT, k = (k1, k2), t from 0 to 1:
 
-    z_t = alpha_k(t) r + sigma(t) e,    alpha_k = a exp(-|k|^2 s(t)^2 / 2)       blurred and noisy
+    z_t = alpha_k(t) r + sigma(t) e,    alpha_k = a exp(-|k|^2 b(t)^2 / 2)       blurred and noisy
     a^2 + sigma^2 = 1,    log(a^2 / sigma^2) = -2 ln tan(pi t' / 2), t' such that it is 10 to -10
-    s = s_min + (s_max - s_min) sin^2(pi t / 2),    the width of the blur
+    b = b_min + (b_max - b_min) sin^2(pi t / 2),    the width of the blur
     e: a Gaussian process with covariance exp(-(d / l)^2) at a distance d, mirrored at the edges
 
 e is no white noise, which is no function; its variance is 1 inside, 2 at an edge, 4 in a corner.
-The blur is a Gaussian of s / pi image widths (Hoogeboom & Salimans 2022, arXiv 2209.05557).
+The blur is a Gaussian of b / pi image widths (Hoogeboom & Salimans 2022, arXiv 2209.05557).
 
 The network, an FNO U-Net, predicts the residual to the best linear guess g of r, as in
 sparse_ddpm.py, but mode by mode. With V_k the variance of r in an axis's mode k, N_k of sigma e:
@@ -24,8 +24,8 @@ sparse_ddpm.py, but mode by mode. With V_k the variance of r in an axis's mode k
     r_k = g_k + f_k sqrt(V_k N_k / D_k)    so that f has to be white noise or so at every t
 
 On every grid that holds a mode, its coefficient divided by the side is the same number. z is kept
-as these numbers, for the modes of the training grid: of others no training image says anything. So
-x = h + std A^T r has none, and can be shown on any grid.
+as these numbers, for the modes of the training grid: of others no training image says anything.
+x = h + std A^T r is made on that grid, has no others either, and can be shown on any.
 
 A step t -> s is that of DDIM (Song et al. 2021) for r - g, and exact for the linear rest, whose
 spread few steps would narrow:
@@ -79,8 +79,8 @@ class Model:  # what the weights are: fixed with a checkpoint
     conditioning: str = flag("setconv", "way in of the points", ["setconv", "encoder", "concat"])
     objective: str = flag("residual", "what the network predicts", ["residual", "eps", "x0"])
     length_scale: float = flag(0.05, "l of the noise, in image widths", within="(0, 1)")
-    blur_min: float = flag(0.0, "s at t = 0; above 0 all stays a little blurred", within="[0, 1]")
-    blur_max: float = flag(0.25, "s at t = 1", within="[0, 1]")
+    blur_min: float = flag(0.0, "b at t = 0; above 0 the last step undoes a blur", within="[0, 1]")
+    blur_max: float = flag(0.25, "b at t = 1", within="[0, 1]")
 
 
 @dataclass
@@ -88,8 +88,8 @@ class Training:  # how they are made: fixed with a run, but for what is marked l
     data: str = flag("auto", "fashion_mnist, mnist, cifar10, shapes, or a folder of images")
     flip: bool = flag(False, "mirror half of the training images", full=True)
     sparsity: list[float] = flag([0.1], "fraction of pixels seen; two: from .. to", within="(0, 1)")
-    target_sparsity: float | None = flag(None, "of the query; the same", within="(0, 1)")
-    mask_seed: int = flag(42, "of all masks, whatever the run's", within="[0, 2147483647]")
+    target_sparsity: float | None = flag(None, "of the query; None: as sparsity", within="(0, 1)")
+    mask_seed: int = flag(42, "of all masks, whatever --seed is", within="[0, 2147483647]")
     mask_mode: str = flag("random_epoch", "when redrawn", ["random_epoch", "fixed"], full="fixed")
     mask_pattern: str = flag("random", f"{', '.join(PATTERNS)}, several, or FILE.npy")
     loss_region: str = flag("full", "the whole image, or the query pixels", ["full", "query"])
@@ -135,7 +135,7 @@ class Config(RunConfig, Sampling, Training, Model):
 
 
 def make_schedule(t, config):
-    """(a, sigma, s), float64 like t: what x and noise are multiplied with, the blur's width."""
+    """(a, sigma, b), float64 like t: what x and noise are multiplied with, the blur's width."""
     end = 2 / math.pi * math.atan(math.exp(-5))  # where log(a^2 / sigma^2) is 10
     angle = math.pi / 2 * (end + (1 - 2 * end) * t.double())
     rise = torch.sin(math.pi / 2 * t.double()) ** 2

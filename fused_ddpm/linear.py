@@ -329,7 +329,7 @@ def shrunk(off, count, typical, prior):
 
 def telling_order(covariance, count=None):
     """Ranks int64 (D,) of values by what to measure next: each the one of largest variance given
-    those before it (pivoted Cholesky; Krause et al. 2008). After count, by what variance is left.
+    those before it (pivoted Cholesky; Shewry & Wynn 1987). After count, by what variance is left.
     """
     left = covariance.diagonal().double().cpu().clone()
     covariance, chosen = covariance.double().cpu(), []

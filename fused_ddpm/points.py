@@ -160,10 +160,10 @@ class LinearGuess(nn.Module):
 
     of which the pixels of the s x s grid hold all there is. |d|^2 is d^T K(O, O)^-1 d, a mean over
     channels, as a rule the number of O: an image of more contrast is off by more (a Student-t
-    process, Shah et al. 2014). What h leaves open, (x - h) / std with std^2 = v / mean v, is taken
-    to be uncorrelated between modes and between `axes`, as rows the principal axes of its channels;
-    the variances, in units of mean v, are `spectrum`. Both are measured on training images. Next to
-    points std^2 is LEAST.
+    process, Shah et al. 2014, whose nu is 2 more). What h leaves open, (x - h) / std with std^2 =
+    v / mean v, is taken to be uncorrelated between modes and between `axes`, as rows the principal
+    axes of its channels; the variances, in units of mean v, are `spectrum`. Both are measured on
+    training images. Next to points std^2 is LEAST.
     """
 
     def __init__(self, shape, fraction):

@@ -20,14 +20,14 @@ class NormSilu(nn.GroupNorm):
 
 
 def zero(layer):
-    """Start a residual branch at nothing, so that the network starts as the identity."""
+    """Start at zero: a block as its skip, a network as nothing."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class TimeEmbedding(nn.Module):
-    """t (B,) -> (B, out): sines and cosines of 64 frequencies from 1 to 1/10000, then an MLP."""
+    """t (B,) -> (B, out): sines and cosines of 64 frequencies from 1 to 1/8660, then an MLP."""
 
     def __init__(self, out):
         super().__init__()
