@@ -237,7 +237,7 @@ def make_sampler(model, shape, config, parts=None):
     many the unseen pixels are drawn, each seeing what training could have seen; None: at once.
     """
     timesteps, coefficients = sampling_table(config)
-    coefficients[:, :2] = torch.tensor([0.0, 1.0])  # k_x, k_o: of x0_hat, which it clips
+    coefficients[:, :2] = torch.tensor([0.0, 1.0])  # k_x, k_o: posterior_step gets x0_hat, clips it
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
 
     @graphed  # on a GPU one launch a step, network and all
