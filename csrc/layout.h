@@ -44,8 +44,9 @@ inline void check_like(const at::Tensor& t, const at::Tensor& like, const char* 
 
 inline void check_posterior_step(const at::Tensor& x_t, const at::Tensor& out,
                                  const std::optional<at::Tensor>& out_uncond,
-                                 const at::Tensor& coefficients, const at::Tensor& step,
-                                 const at::Tensor& seeds, int64_t stream) {
+                                 const at::Tensor& coefficients, int64_t row,
+                                 const std::optional<at::Tensor>& step, const at::Tensor& seeds,
+                                 int64_t stream) {
   const char* op = "posterior_step";
   TORCH_CHECK_VALUE(x_t.dim() >= 1, op, ": x_t needs a batch dimension");
   TORCH_CHECK_TYPE(x_t.scalar_type() == at::kFloat, op, ": x_t must be float32, got ",
@@ -63,13 +64,15 @@ inline void check_posterior_step(const at::Tensor& x_t, const at::Tensor& out,
       coefficients.dim() == 2 && coefficients.size(1) == 5 && coefficients.size(0) > 0 &&
           coefficients.scalar_type() == at::kFloat && coefficients.is_contiguous(),
       op, ": coefficients must be contiguous float32 of shape (steps, 5)");
-  TORCH_CHECK_VALUE(step.numel() == 1 && step.scalar_type() == at::kLong, op,
+  TORCH_CHECK_VALUE(!step || (step->numel() == 1 && step->scalar_type() == at::kLong), op,
                     ": step must be one int64");
+  TORCH_CHECK_INDEX(row >= 0 && row < coefficients.size(0), op, ": step ", row, " is outside 0..",
+                    coefficients.size(0) - 1);
   TORCH_CHECK_VALUE(
       seeds.dim() == 1 && seeds.size(0) == x_t.size(0) && seeds.scalar_type() == at::kLong, op,
       ": seeds must be int64 of shape (", x_t.size(0), ",)");
-  TORCH_CHECK_VALUE(coefficients.device() == x_t.device() && step.device() == x_t.device() &&
-                        seeds.device() == x_t.device(),
+  TORCH_CHECK_VALUE(coefficients.device() == x_t.device() && seeds.device() == x_t.device() &&
+                        (!step || step->device() == x_t.device()),
                     op, ": coefficients, step and seeds must be on ", x_t.device());
   TORCH_CHECK_VALUE(stream >= 0 && stream <= UINT32_MAX, op, ": stream ", stream, " is outside 0..",
                     UINT32_MAX);

@@ -124,10 +124,11 @@ Norms norm_silu_autograd(const Tensor& x, const Tensor& weight, const Tensor& bi
 }  // namespace
 
 TORCH_LIBRARY(fused_ddpm, m) {
+  // Of coefficients the row, or that which step holds: a step on the device can change in a graph.
   m.def(
       "posterior_step(Tensor x_t, Tensor out, Tensor? out_uncond, float guidance_scale, Tensor "
       "coefficients, "
-      "Tensor step, Tensor seeds, int stream, bool clip) -> Tensor");
+      "SymInt row, Tensor? step, Tensor seeds, int stream, bool clip) -> Tensor");
   // The loss, and d loss / d pred in its dtype: where autograd or the flag asks for it, else of no
   // elements.
   m.def(

@@ -21,7 +21,7 @@
 namespace fused_ddpm {
 
 constexpr int64_t CHUNK =
-    1024;  // elements a task: 4 kB of float32; a multiple of 32, so whole vectors fit
+    1024;  // elements a task: 4 kB of float32; a multiple of 128, so whole vectors fit
 constexpr int64_t CHUNKS_A_THREAD = 4;  // below this a second thread costs more than it brings
 
 // Loops the compiler must vectorise. Each exists in several versions, so none is a template.
@@ -38,9 +38,9 @@ DDPM_CLONES void random_words(uint32_t* radius, uint32_t* angle, int64_t groups,
 }
 
 #ifdef DDPM_X86
-// The same eight groups at a time, each word in the low half of a 64-bit lane: vpmuludq then yields
+// The same eight groups in a vector, each word in the low half of a 64-bit lane: vpmuludq then yields
 // both halves of a product at once, which compilers do not find by themselves and which halves the
-// time of the whole step.
+// time of the whole step. Four vectors at once, as a round waits for the one before.
 __attribute__((target("avx512f"))) void random_words_avx512(uint32_t* radius, uint32_t* angle,
                                                             int64_t groups, uint64_t seed,
                                                             uint64_t first_group, uint32_t step,
@@ -48,22 +48,34 @@ __attribute__((target("avx512f"))) void random_words_avx512(uint32_t* radius, ui
   const __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0),
                 low = _mm512_set1_epi64(0xFFFFFFFF);
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-  for (int64_t i = 0; i < groups; i += 8) {
-    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(first_group + i), lane),
-            c1 = _mm512_srli_epi64(c0, 32);
-    __m512i c2 = _mm512_set1_epi64(step), c3 = _mm512_set1_epi64(stream);
+  constexpr int MANY = 4;
+  for (int64_t i = 0; i < groups; i += 8 * MANY) {
+    __m512i c0[MANY], c1[MANY], c2[MANY], c3[MANY];
+    for (int v = 0; v < MANY; ++v) {
+      c0[v] = _mm512_add_epi64(_mm512_set1_epi64(first_group + i + 8 * v), lane);
+      c1[v] = _mm512_srli_epi64(c0[v], 32);
+      c2[v] = _mm512_set1_epi64(step), c3[v] = _mm512_set1_epi64(stream);
+    }
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-      const __m512i p0 = _mm512_mul_epu32(c0, m0),
-                    p1 = _mm512_mul_epu32(c2, m1);  // reads the low halves only
-      c0 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p1, 32), c1), _mm512_set1_epi64(k0));
-      c2 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(p0, 32), c3), _mm512_set1_epi64(k1));
-      c1 = p1, c3 = p0;  // high halves are rubbish from here on, and never read
+      const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+#pragma GCC unroll 4
+      for (int v = 0; v < MANY; ++v) {
+        const __m512i p0 = _mm512_mul_epu32(c0[v], m0),
+                      p1 = _mm512_mul_epu32(c2[v], m1);  // reads the low halves only
+        constexpr int XOR = 0x96;                        // of three
+        c0[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1[v], key0, XOR);
+        c2[v] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3[v], key1, XOR);
+        c1[v] = p1, c3[v] = p0;  // high halves are rubbish from here on, and never read
+      }
     }
-    _mm512_storeu_si512(radius + 2 * i,
-                        _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c2, 32)));
-    _mm512_storeu_si512(angle + 2 * i,
-                        _mm512_or_si512(_mm512_and_si512(c1, low), _mm512_slli_epi64(c3, 32)));
+    for (int v = 0; v < MANY; ++v) {
+      const int64_t at = 2 * (i + 8 * v);
+      _mm512_storeu_si512(
+          radius + at, _mm512_or_si512(_mm512_and_si512(c0[v], low), _mm512_slli_epi64(c2[v], 32)));
+      _mm512_storeu_si512(
+          angle + at, _mm512_or_si512(_mm512_and_si512(c1[v], low), _mm512_slli_epi64(c3[v], 32)));
+    }
   }
 }
 
@@ -178,6 +190,22 @@ DDPM_CLONES void weight_chunk(float* w, const float* cond, float cond_weight, in
   for (int64_t i = 0; i < n; ++i) w[i] = mask_weight<float>(w[i], cond[i], cond_weight);
 }
 
+// Numbers `stride` apart. Of a channels_last image of one or three channels it is a constant, and
+// the loop becomes loads of whole vectors and permutations.
+#define DDPM_GATHER(T, Acc)                                                               \
+  DDPM_CLONES void gather(Acc* to, const T* from, int64_t stride, int64_t n) {            \
+    if (stride == 1)                                                                      \
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Acc>(from[i]);                  \
+    else if (stride == 3)                                                                 \
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Acc>(from[3 * i]);              \
+    else                                                                                  \
+      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Acc>(from[i * stride]);         \
+  }
+DDPM_GATHER(float, float)
+DDPM_GATHER(double, double)
+DDPM_GATHER(at::BFloat16, float)
+DDPM_GATHER(at::Half, float)
+
 // Elements [begin, begin + n) of an image, in logical order, in `buffer` or where they lie if that
 // is the same.
 template <class T, class Acc>
@@ -188,8 +216,7 @@ const Acc* load(Acc* buffer, const T* image, const Layout& at, int64_t begin, in
   for (int64_t i = 0; i < n;) {
     const int64_t c = (begin + i) / at.pixels, p = (begin + i) % at.pixels;
     const int64_t run = std::min(n - i, at.pixels - p);
-    const T* source = image + c * at.channel_stride + p * at.pixel_stride;
-    for (int64_t j = 0; j < run; ++j) buffer[i + j] = static_cast<Acc>(source[j * at.pixel_stride]);
+    gather(buffer + i, image + c * at.channel_stride + p * at.pixel_stride, at.pixel_stride, run);
     i += run;
   }
   return buffer;
@@ -217,17 +244,16 @@ void store(T* image, const Acc* buffer, const Layout& at, int64_t begin, int64_t
 
 at::Tensor posterior_step_cpu(const at::Tensor& x_t, const at::Tensor& out,
                               const std::optional<at::Tensor>& out_uncond, double guidance_scale,
-                              const at::Tensor& coefficients, const at::Tensor& step,
-                              const at::Tensor& seeds, int64_t stream, bool clip) {
-  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds, stream);
+                              const at::Tensor& coefficients, c10::SymInt given,
+                              const std::optional<at::Tensor>& step, const at::Tensor& seeds,
+                              int64_t stream, bool clip) {
+  const int64_t row = step ? step->item<int64_t>() : given.expect_int();
+  check_posterior_step(x_t, out, out_uncond, coefficients, row, step, seeds, stream);
   const at::Tensor x = dense(x_t), o = dense(out),
                    u = out_uncond ? dense(*out_uncond) : at::Tensor();
   const at::Tensor y = at::empty_like(x);
   if (x.numel() == 0) return y;
 
-  const int64_t row = step.item<int64_t>();
-  TORCH_CHECK_INDEX(row >= 0 && row < coefficients.size(0), "posterior_step: step ", row,
-                    " is outside 0..", coefficients.size(0) - 1);
   const float* c = coefficients.const_data_ptr<float>() + 5 * row;
   const Coefficients k{c[0], c[1], c[2], c[3], c[4]};
   const float limit = clip ? 1.0f : std::numeric_limits<float>::infinity();
@@ -238,9 +264,10 @@ at::Tensor posterior_step_cpu(const at::Tensor& x_t, const at::Tensor& out,
   const at::Tensor seeds_dense = seeds.contiguous();
   const int64_t* seed = seeds_dense.const_data_ptr<int64_t>();
 
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, o.scalar_type(), "posterior_step", [&] {
-    const scalar_t* o_data = o.const_data_ptr<scalar_t>();
-    const scalar_t* u_data = u.defined() ? u.const_data_ptr<scalar_t>() : nullptr;
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const T* o_data = o.const_data_ptr<T>();
+    const T* u_data = u.defined() ? u.const_data_ptr<T>() : nullptr;
     at::parallel_for(0, x.size(0) * chunks, CHUNKS_A_THREAD, [&](int64_t first, int64_t last) {
       alignas(64) float z[CHUNK] = {}, x_buffer[CHUNK], o_buffer[CHUNK], u_buffer[CHUNK],
                         y_buffer[CHUNK];
@@ -262,7 +289,10 @@ at::Tensor posterior_step_cpu(const at::Tensor& x_t, const at::Tensor& out,
         if (ys == y_buffer) store(y_data + b * image, ys, x_at, begin, n);
       }
     });
-  });
+  };
+  if (o.scalar_type() == at::kFloat) run(float{});
+  if (o.scalar_type() == at::kBFloat16) run(at::BFloat16{});
+  if (o.scalar_type() == at::kHalf) run(at::Half{});
   return y;
 }
 

@@ -195,13 +195,12 @@ template <int C, class T>
 __global__ void __launch_bounds__(THREADS, resident(C))
     posterior_kernel(float* __restrict__ y, const float* __restrict__ x, const T* __restrict__ out,
                      const T* __restrict__ uncond, float scale,
-                     const float* __restrict__ coefficients, const int64_t* __restrict__ step,
-                     int64_t steps, const int64_t* __restrict__ seeds, int64_t images,
-                     int64_t image, Layout x_at, Layout y_at, Layout o_at, Layout u_at,
-                     uint32_t stream, float limit) {
+                     const float* __restrict__ coefficients, int64_t row,
+                     const int64_t* __restrict__ step, int64_t steps,
+                     const int64_t* __restrict__ seeds, int64_t images, int64_t image, Layout x_at,
+                     Layout y_at, Layout o_at, Layout u_at, uint32_t stream, float limit) {
   __shared__ Four<float> tile[C == 1 ? 1 : C * THREADS];
-  // The row is read from memory, so a captured graph can be replayed for every step.
-  const int64_t row = *step;
+  if (step) row = *step;  // from memory, so a captured graph can be replayed for every step
   CUDA_KERNEL_ASSERT(row >= 0 && row < steps);
   const float* r = coefficients + 5 * row;
   const Coefficients k{r[0], r[1], r[2], r[3], r[4]};
@@ -236,9 +235,11 @@ __global__ void __launch_bounds__(THREADS, resident(C))
 
 at::Tensor posterior_step_cuda(const at::Tensor& x_t, const at::Tensor& out,
                                const std::optional<at::Tensor>& out_uncond, double guidance_scale,
-                               const at::Tensor& coefficients, const at::Tensor& step,
-                               const at::Tensor& seeds, int64_t stream, bool clip) {
-  check_posterior_step(x_t, out, out_uncond, coefficients, step, seeds, stream);
+                               const at::Tensor& coefficients, c10::SymInt given,
+                               const std::optional<at::Tensor>& step, const at::Tensor& seeds,
+                               int64_t stream, bool clip) {
+  const int64_t row = step ? 0 : given.expect_int();
+  check_posterior_step(x_t, out, out_uncond, coefficients, row, step, seeds, stream);
   const c10::cuda::CUDAGuard guard(x_t.device());
   const at::Tensor x = dense(x_t), o = dense(out),
                    u = out_uncond ? dense(*out_uncond) : at::Tensor();
@@ -276,8 +277,8 @@ at::Tensor posterior_step_cuda(const at::Tensor& x_t, const at::Tensor& out,
     with_channels(colours, [&](auto c) {
       posterior_kernel<decltype(c)::value, T><<<grid, THREADS, 0, queue>>>(
           y_data, x_data, o_data, u_data, static_cast<float>(guidance_scale),
-          coefficients.const_data_ptr<float>(), step.const_data_ptr<int64_t>(),
-          coefficients.size(0), seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, y_at,
+          coefficients.const_data_ptr<float>(), row,
+          step ? step->const_data_ptr<int64_t>() : nullptr, coefficients.size(0), seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, y_at,
           o_at, u_at, static_cast<uint32_t>(stream), limit);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();

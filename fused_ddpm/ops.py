@@ -42,7 +42,7 @@ def _load_extension():
         torch.ops.load_library(library)
     except OSError as error:
         return (), f"cannot be loaded ({error}); to rebuild: pip install -e ."
-    if not hasattr(torch.ops.fused_ddpm, "linear_weights"):
+    if "SymInt row" not in str(torch.ops.fused_ddpm.posterior_step.default._schema):
         return (), "built from older sources; to rebuild: pip install -e ."
     return tuple(record["backends"]), reason
 
@@ -65,9 +65,10 @@ def fused(device):
 
 def check_devices(op, first, **tensors):
     """ValueError unless all are where the first is: mixed, torch might take a path of neither."""
+    device = first.device
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first.device}")
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}")
 
 
 def check_shapes(op, **given):
@@ -128,20 +129,19 @@ def posterior_step(
     whether x0_hat is clamped. Returns float32 like x_t; no gradient flows through. Raises
     ValueError, TypeError or IndexError where these do not fit.
     """
-    if not isinstance(step, torch.Tensor):
-        if not 0 <= operator.index(step) < len(coefficients):  # TypeError if it is not whole
-            raise IndexError(f"posterior_step: step {step} is outside 0..{len(coefficients) - 1}")
-        step = torch.full((1,), step, dtype=torch.int64, device=x_t.device)
-    others = dict(coefficients=coefficients, step=step, seeds=seeds, out_uncond=out_uncond)
+    row, on_device = (0, step) if isinstance(step, torch.Tensor) else (operator.index(step), None)
+    others = dict(coefficients=coefficients, step=on_device, seeds=seeds, out_uncond=out_uncond)
     check_devices("posterior_step", x_t, out=out, **others)
+    if fused(x_t.device):
+        return torch.ops.fused_ddpm.posterior_step(
+            x_t, out, out_uncond, guidance_scale, coefficients, row, on_device, seeds, stream, clip
+        )
+    if not 0 <= row < len(coefficients):
+        raise IndexError(f"posterior_step: step {row} is outside 0..{len(coefficients) - 1}")
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"posterior_step: stream {stream} is outside 0..{(1 << 32) - 1}")
     rest = out_uncond, guidance_scale, stream, clip
-    if not fused(x_t.device):
-        return posterior_step_reference(x_t, out, coefficients, step, seeds, *rest)
-    return torch.ops.fused_ddpm.posterior_step(
-        x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip
-    )
+    return posterior_step_reference(x_t, out, coefficients, step, seeds, *rest)
 
 
 def seeded_normal(seeds, shape, stream=START_NOISE, step=0, steps=1):
@@ -253,7 +253,7 @@ def _register():
         return t if channels_last else t.contiguous()
 
     @torch.library.register_fake("fused_ddpm::posterior_step")
-    def _(x_t, out, out_uncond, guidance_scale, coefficients, step, seeds, stream, clip):
+    def _(x_t, out, out_uncond, guidance_scale, coefficients, row, step, seeds, stream, clip):
         others = dict(out_uncond=out_uncond, coefficients=coefficients, step=step, seeds=seeds)
         check_devices("posterior_step", x_t, out=out, **others)
         return torch.empty_like(dense(x_t))

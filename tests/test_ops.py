@@ -369,7 +369,8 @@ def test_opcheck(device):
     operators, check = torch.ops.fused_ddpm, torch.library.opcheck
     for layout in (lambda t: t, channels_last, lambda t: t.transpose(2, 3)):
         images = layout(x), layout(out), layout(uncond)
-        check(operators.posterior_step, (*images, 2.0, table, step, seeds, 0, True))
+        check(operators.posterior_step, (*images, 2.0, table, 0, step, seeds, 0, True))
+        check(operators.posterior_step, (*images, 2.0, table, 1, None, seeds, 0, True))
     pred, target, target_mask, cond_mask = loss_inputs((2, 3, 8, 8), device)
     for masks in [(target_mask, cond_mask), (None, None)]:
         for layout in (lambda t: t, channels_last, lambda t: t.transpose(2, 3).contiguous().mT):
@@ -459,9 +460,9 @@ def test_the_operators_themselves_check_what_the_calls_do(device):
     operators = torch.ops.fused_ddpm
     for stream in (-1, 1 << 32):
         with pytest.raises(ValueError, match=r"outside 0\.\.4294967295"):
-            operators.posterior_step(x, out, None, 1.0, table, step, seeds, stream, True)
+            operators.posterior_step(x, out, None, 1.0, table, 0, step, seeds, stream, True)
     with pytest.raises(ValueError, match="out is on meta"):
-        operators.posterior_step(x, out.to("meta"), None, 1.0, table, step, seeds, 0, True)
+        operators.posterior_step(x, out.to("meta"), None, 1.0, table, 0, step, seeds, 0, True)
     pred, target, *_ = loss_inputs((2, 3, 8, 8), device)
     with pytest.raises(ValueError, match="target is on"):
         operators.masked_loss(pred, target.to("meta"), None, None, 0.05, 0, False)

@@ -38,7 +38,8 @@ def posterior_case():
     seeds = torch.randint(-(2**62), 2**62, shape[:1])
     guided = random.choice([{}, {"out_uncond": uncond, "guidance_scale": 3.0}])
     options = dict(stream=random.randrange(4), clip=random.random() < 0.5) | guided
-    table, step = torch.tensor(ROWS), random.randrange(len(ROWS))
+    table, row = torch.tensor(ROWS), random.randrange(len(ROWS))
+    step = random.choice([row, torch.tensor(row), torch.tensor([row])])
     got = ops.posterior_step(x, out, table, step, seeds, **options)
     expected = ops.posterior_step_reference(x.double(), out, table, step, seeds, **options)
     torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
