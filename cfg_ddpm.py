@@ -190,21 +190,19 @@ def make_sampler(model, shape, config):
     w = config.guidance_scale
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(x_t, step, seeds, labels):
-        t, out_null = timesteps[step].expand(len(x_t)), None
-        null = torch.full_like(labels, model.null_class)
+    def reverse_step(x_t, step, t, seeds, labels):
         if w in (0, 1):  # one of the two outputs is all there is to it
-            out = predict(model, x_t, t, labels if w == 1 else null, config)
+            out, out_null = predict(model, x_t, t, labels, config), None
         else:
-            x, tt, both = (torch.cat(pair) for pair in ((x_t, x_t), (t, t), (labels, null)))
-            out, out_null = predict(model, x, tt, both, config).chunk(2)
+            out, out_null = predict(model, torch.cat([x_t, x_t]), t, labels, config).chunk(2)
         return posterior_step(x_t, out, coefficients, step, seeds, out_null, w)
 
     @torch.no_grad()
     def sample(seeds, labels):
-        x_t = seeded_normal(seeds, shape)
-        for step in range(config.sample_steps):
-            x_t = reverse_step(x_t, step, seeds, labels)
+        x_t, null = seeded_normal(seeds, shape), torch.full_like(labels, model.null_class)
+        labels = {0: null, 1: labels}.get(w, torch.cat([labels, null]))
+        for step, t in enumerate(timesteps.expand(len(labels), -1).T):
+            x_t = reverse_step(x_t, step, t, seeds, labels)
             yield x_t
 
     return sample

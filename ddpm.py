@@ -186,15 +186,15 @@ def make_sampler(model, shape, config):
     timesteps, coefficients = sampling_table(config)
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(x_t, step, seeds):
-        out = predict(model, x_t, timesteps[step].expand(len(x_t)), config)
+    def reverse_step(x_t, step, t, seeds):
+        out = predict(model, x_t, t, config)
         return posterior_step(x_t, out, coefficients, step, seeds)
 
     @torch.no_grad()
     def sample(seeds):
         x_t = seeded_normal(seeds, shape)
-        for step in range(config.sample_steps):
-            x_t = reverse_step(x_t, step, seeds)
+        for step, t in enumerate(timesteps.expand(len(seeds), -1).T):
+            x_t = reverse_step(x_t, step, t, seeds)
             yield x_t
 
     return sample

@@ -133,6 +133,8 @@ class Config(RunConfig, Sampling, Training, Model):
 # --------------------------------------------------------------------------------------------------
 # Schedule: time is continuous, from the image at t = 0 to noise at t = 1.
 
+ROUNDING = 1e-12  # a variance: float32 leaves as much to modes that hardly have noise
+
 
 def make_schedule(t, config):
     """(a, sigma, b), float64 like t: what x and noise are multiplied with, the blur's width."""
@@ -150,22 +152,21 @@ def log_alpha(t, n, config):
 
 
 def sampling_table(n, config):
-    """times (S,), alpha, N (S + 1, n, n), c, sqrt(w) (S, n, n): see above; modes divided by n."""
+    """times (S,); (alpha_s^2, N_s - w, c, sqrt(w)), (S, 4, n, n): see above; modes divided by n."""
     times = torch.linspace(1, 0, config.sample_steps + 1, dtype=torch.float64) ** 1.5  # denser at 0
     log, sigma = log_alpha(times, n, config), make_schedule(times, config)[1][:, None, None]
     log[-1], sigma[-1] = 0, 0  # the last step ends at the clean image
     alpha, kept = log.exp(), (log[:-1] - log[1:]).exp() * sigma[1:] / sigma[:-1]
     w = config.eta**2 * sigma[1:] ** 2 * (1 - kept**2)
-    c = alpha[1:] - alpha[:-1] * (sigma[1:] ** 2 - w).clamp(min=0).sqrt() / sigma[:-1]
+    left = (sigma[1:] ** 2 - w).clamp(min=0)
+    c = alpha[1:] - alpha[:-1] * left.sqrt() / sigma[:-1]
     scale = noise_scale(n, config.length_scale, "cpu").double()
-    rows = times[:-1], alpha, (sigma * scale) ** 2, c, w.sqrt() * scale
-    return [x.float().to(config.device) for x in rows]
+    rows = alpha[1:] ** 2, left * scale**2 + ROUNDING, c, w.sqrt() * scale
+    return times[:-1].float().to(config.device), torch.stack(rows, 1).float().to(config.device)
 
 
 # --------------------------------------------------------------------------------------------------
 # Diffusion.
-
-ROUNDING = 1e-12  # a variance: float32 leaves as much to modes that hardly have noise
 
 
 def q_sample(r, t, noise, config):
@@ -176,28 +177,25 @@ def q_sample(r, t, noise, config):
 
 
 def predict(model, z, t, seen, config):
-    """(g, r - g, scale, f). z, g, r - g: modes (B, C, n, n), divided by n. scale: (B, 1, 1, 1), the
-    loss's unit of x. f: what the network says, pixels along seen.axes. seen: of LinearGuess.see.
-    """
+    """(g, r - g, z / sqrt(D), k, f): modes (B, C, n, n), divided by n; k: how far off g is. f: what
+    the network says, pixels along seen.axes. seen: of LinearGuess.see."""
     h, std, V, n = seen.h, seen.std, seen.V, z.shape[-1]
     alpha = log_alpha(t, n, config).exp().float()[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
     noise = (sigma * noise_scale(n, config.length_scale, z.device)) ** 2 + ROUNDING
     D = alpha**2 * V + noise
-    g, k = alpha * V * z / D, (V * noise / D).sqrt()
-    x_in, news = seen.restore(idct(g) * n), idct(z * D.rsqrt())  # news is white, of size 1
+    g, k, white = alpha * V * z / D, (V * noise / D).sqrt(), z * D.rsqrt()
     unsure = (std * V.mean(1, True).sum((2, 3), True).sqrt()).log() / 2 + 1  # -1 to 1, or so
-    inputs = torch.cat([x_in, news, h, unsure], dim=1)
+    inputs = torch.cat([seen.restore(idct(g) * n), idct(white), h, unsure], dim=1)
     with torch.autocast(z.device.type, torch.bfloat16, enabled=config.bfloat16):
         f = model(inputs, t, seen.features).float()
-    scale = std.square().mean((2, 3), True) * k.square().mean(1, True).sum((2, 3), True)
     if config.objective == "residual":
         rest = k * dct(f)
     elif config.objective == "x0":
-        rest, scale = dct(f) / n - g, torch.ones_like(scale)
+        rest = dct(f) / n - g
     else:  # eps; where alpha is nearly 0 that is but rounding
         rest = (z - sigma / n * dct(f)) * (alpha > 1e-3) / alpha.clamp(min=1e-3) - g
-    return g, rest, scale.clamp(min=1e-5).sqrt(), f
+    return g, rest, white, k, f
 
 
 def training_loss(model, guess, x_start, t, noise, masks, points, config):
@@ -205,36 +203,37 @@ def training_loss(model, guess, x_start, t, noise, masks, points, config):
     n = x_start.shape[-1]
     seen = guess.see(points, n, config.conditioning == "setconv")
     z = q_sample(seen.standardize(x_start), t, noise, config)
-    g, rest, scale, f = predict(model, z, t, seen, config)
+    g, rest, _, k, f = predict(model, z, t, seen, config)
     out, goal = f, idct(noise) * n
     if config.objective != "eps":
-        out, goal = seen.restore(idct(g + rest) * n) / scale, x_start / scale
+        out, goal = seen.restore(idct(g + rest) * n), x_start
+    if config.objective == "residual":  # in units of how far off the guess is, in x
+        square = seen.std.square().mean((2, 3), True) * k.square().mean(1, True).sum((2, 3), True)
+        out, goal = (x * square.clamp(min=1e-5).rsqrt() for x in (out, goal))
     where = masks[1] if config.loss_region == "query" else None
     return masked_loss(out, goal, where, kind=config.loss)
 
 
 def make_sampler(model, shape, config):
     """sample(seeds, points): z (B, C, n, n) after each reverse step, modes divided by n; in the end
-    x (B, C, size, size), size = image_size.
+    x (B, C, size, size), size = image_size, each a function of its own seed and points alone.
 
-    shape: (C, n, n), of training. seeds: int64 (B,). points: Points, of values in [-1, 1]. An image
-    depends on its own seed and points alone.
+    shape: (C, n, n), of training. seeds: int64 (B,). points: Points, of values in [-1, 1].
     """
     n, size, steps = shape[-1], config.image_size, config.sample_steps
-    times, alpha, N, c, spread = sampling_table(n, config)
+    times, table = sampling_table(n, config)
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(z, step, seeds, *seen):
+    def reverse_step(z, step, t, seeds, *seen):
         seen = Seen(*seen)
-        g, rest, _, _ = predict(model, z, times[step].expand(len(z)), seen, config)
+        g, rest, white, *_ = predict(model, z, t, seen, config)
         if steps == 1:  # from noise: the posterior mean
             return g + rest
-        left = (N[step + 1] - spread[step] ** 2).clamp(min=0)  # N_s - w
-        D_t = torch.addcmul(N[step] + ROUNDING, alpha[step] ** 2, seen.V)
-        D_s = torch.addcmul(left + ROUNDING, alpha[step + 1] ** 2, seen.V)
-        z = torch.addcmul((D_s / D_t).sqrt() * z, c[step], rest)
+        signal, noise, c, spread = table[step].view(4, n, n)
+        D_s = torch.addcmul(noise, signal, seen.V)  # less w
+        z = torch.addcmul(c * rest, D_s.sqrt(), white)
         if config.eta:
-            z = z + spread[step] * seeded_normal(seeds, shape, STEP_NOISE, step, steps)
+            z = z + spread * seeded_normal(seeds, shape, STEP_NOISE, step, steps)
         return z
 
     @torch.no_grad()
@@ -242,8 +241,8 @@ def make_sampler(model, shape, config):
         see, as_points = model.guess.see, config.conditioning == "setconv"
         seen = Seen(*once_each(lambda *p: see(Points(*p), size, as_points), *points))
         z = gp_noise(seeded_normal(seeds, shape), config.length_scale)
-        for step in range(steps):
-            z = reverse_step(z, step, seeds, *seen)
+        for step, t in enumerate(times.expand(len(seeds), -1).T):
+            z = reverse_step(z, step, t, seeds, *seen)
             if step + 1 == steps:
                 z = seen.restore(idct(z) * n)
                 if config.enforce_observed:
@@ -345,11 +344,11 @@ def reconstruct(run, model, images, config, file=None):
     index = torch.arange(len(images), device=images.device)
     cond_mask, target_mask = masks_of(TEST_INDEX + index, m, config)
     sample = make_sampler(model, truth.shape[1:], config)
-    exact = config.enforce_observed and size == m
+    exact = config.enforce_observed and size == m  # to the last bit
 
     def of_points(seeds, x, mask):
-        for z in sample(seeds, points_of(x, mask)):
-            yield torch.where(mask, x, z) if exact else z  # to the last bit, in the last step
+        for step, z in enumerate(sample(seeds, points_of(x, mask)), 1):
+            yield torch.where(mask, x, z) if exact and step == config.sample_steps else z
 
     inputs, shape = (truth, cond_mask), (truth.shape[1], size, size)
     draws = draw_each(run, model, of_points, inputs, shape, config, file)

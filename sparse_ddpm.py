@@ -198,7 +198,7 @@ def predict(model, x_t, t, context, alphas_cumprod, config):
     """
     cond, seen, state, filled, variance, *labels = context
     a_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    x = x_t = torch.where(state, x_t, 0)
+    x = x_t = state * x_t
     noise = ((1 - a_t) / a_t).float()  # the variance of x_t / sqrt(a_t) around x_0
     news = state * (x_t / a_t.sqrt().float() - filled)
     if config.objective == "residual":
@@ -241,14 +241,13 @@ def make_sampler(model, shape, config, parts=None):
     alphas_cumprod = make_schedule(config.schedule, config.num_timesteps).to(config.device)
 
     @graphed  # on a GPU one launch a step, network and all
-    def reverse_step(x_t, step, seeds, *context):
-        t = timesteps[step].expand(len(x_t))
+    def reverse_step(x_t, step, t, seeds, *context):
         x0_hat, _ = predict(model, x_t, t, context, alphas_cumprod, config)
         if config.class_labels and config.guidance_scale != 1:  # see cfg_ddpm.py
             x0_null, _ = predict(model, x_t, t, context[:-1], alphas_cumprod, config)
             x0_hat = torch.lerp(x0_null, x0_hat, config.guidance_scale)
         cond, seen, *_ = context
-        return posterior_step(x_t, torch.where(seen, cond, x0_hat), coefficients, step, seeds)
+        return posterior_step(x_t, x0_hat.lerp_(cond, seen), coefficients, step, seeds)
 
     @torch.no_grad()
     def sample(seeds, cond, cond_mask, *labels):
@@ -257,8 +256,8 @@ def make_sampler(model, shape, config, parts=None):
         for state, seen in in_parts(seeds, cond_mask, parts, most, config):
             context = *once_each(model.fill, whole * seen, seen, state), *labels
             x_t = model.fill.couple(white, seen, state) if parts and most else white
-            for step in range(config.sample_steps):
-                x_t = reverse_step(x_t, step, seeds, *context)
+            for step, t in enumerate(timesteps.expand(len(seeds), -1).T):
+                x_t = reverse_step(x_t, step, t, seeds, *context)
                 if step + 1 == config.sample_steps:
                     x_t = whole = torch.where(state, x_t, whole)
                 yield x_t

@@ -229,13 +229,15 @@ class LinearFill(nn.Module):
         """(x, mask, state, filled, variance): all that a network is told about a sparse image.
 
         x: (N, C, H, W), 0 where mask, bool (N, 1, H, W), is not set; state: like mask, where x_t
-        is. filled: like x. variance: of its error, like mask.
+        is; both are returned as 0 and 1 of x's dtype, which is faster to reckon with. filled: like
+        x. variance: of its error, (N, 1, H, W).
         """
         filled, about = self._fill(x, mask)
         where = self._bin(about)
         low = where.floor().long().clamp(max=len(self.place) - 2)
         table = self.log_variance
         variance = torch.lerp(table[low], table[low + 1], where - low).exp()
+        mask, state = mask.to(x.dtype), state.to(x.dtype)
         return x, mask, state, filled, variance.clamp(min=1e-5)
 
     def parts(self, unseen):

@@ -233,7 +233,8 @@ def test_draws_have_the_channels_covariance():
 def test_what_the_network_adds_takes_the_steps_of_ddim(eta):
     """With c and w by their definitions; and the last step has no noise."""
     config, S = small_config(eta=eta), 20
-    times, alpha, N, c, spread = (x.double() for x in script.sampling_table(32, config))
+    times, table = (x.double() for x in script.sampling_table(32, config))
+    signal_s, N_s, c, spread = table.unbind(1)
     torch.testing.assert_close(times, torch.linspace(1, 0.05, S).double() ** 1.5)
     k2, spectrum = spectrum_of(32)
     for i in (0, 7, S - 2):
@@ -248,9 +249,11 @@ def test_what_the_network_adds_takes_the_steps_of_ddim(eta):
         expected = alpha_s - alpha_t * (sigma_s**2 - w).sqrt() / sigma_t
         torch.testing.assert_close(c[i], expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(spread[i] ** 2, w * spectrum / 32**2, rtol=1e-4, atol=1e-9)
-        torch.testing.assert_close(N[i], sigma_t**2 * spectrum / 32**2, rtol=1e-4, atol=1e-9)
-    assert (spread[-1] == 0).all() and (N[-1] == 0).all()
-    assert (alpha[-1] == 1).all() and (c[-1] == 1).all()
+        torch.testing.assert_close(signal_s[i], alpha_s**2, rtol=1e-4, atol=1e-9)
+        left = (sigma_s**2 - w) * spectrum / 32**2
+        torch.testing.assert_close(N_s[i], left, rtol=1e-4, atol=1e-9)
+    assert (spread[-1] == 0).all() and (N_s[-1] < 2e-12).all()
+    assert (signal_s[-1] == 1).all() and (c[-1] == 1).all()
     large = script.sampling_table(256, config)  # where alpha is exp(-4000)
     assert all(x.isfinite().all() for x in large)
 

@@ -182,6 +182,7 @@ class PoorGuess:
 
     def __call__(self, cond, mask, state):
         like = torch.ones_like(cond)
+        mask, state = mask.to(cond.dtype), state.to(cond.dtype)
         return cond, mask, state, self.filled * like, self.variance * like
 
 
