@@ -12,9 +12,10 @@ must move at the bandwidth of a large copy.
 
 Scripts: each runs as a user would run it, in a process of its own, with a clock in its training
 loop and its sampler: medians a step, the peak memory of the whole process (of the device, on a
-GPU), the share of sampling spent outside the network, and the floor of a sampling step: its FLOPs
-at the rate of a large matrix product. Growth: the same of ddpm.py, with more images, larger ones,
-more channels. Startup: from nothing to the help, and to the first training step.
+GPU), the share of a sampling step and of all of sampling (with the linear guess and putting back
+what was seen) spent outside the network, and the floor of a sampling step: its FLOPs at the rate of
+a large matrix product. Growth: the same of ddpm.py, with more images, larger ones, more channels.
+Startup: from nothing to the help, and to the first training step.
 
 Peers (denoising-diffusion-pytorch, diffusers; pip install -e '.[peers]') get the same batch, image
 size and precision, and the width that comes nearest in parameters. They and ddpm.py take turns, in
@@ -249,15 +250,16 @@ def count_flops(call):
 
 
 def watch_sampler(script, clock):
-    """Note seconds of whole samples; the second time also (model, config, sample, its inputs).
-    Of samples of a model that is ready for it, as in use; not those made while training."""
+    """Note seconds of whole samples and when each of their steps was done; the second time also
+    (model, config, sample, its inputs). Of samples of a model that is ready for it, as in use; not
+    those made while training."""
     make, prepare = script.make_sampler, script.Run.prepare
-    clock.seconds["sample"], clock.starts["sample"] = [], []
+    clock.seconds["sample"], clock.starts["sample"], clock.steps = [], [], []
 
     def prepare_watched(run, model):
         prepare(run, model)
-        for times in (clock.seconds, clock.starts):
-            times["sample"].clear()
+        for times in (clock.seconds["sample"], clock.starts["sample"], clock.steps):
+            times.clear()
 
     script.Run.prepare = prepare_watched
 
@@ -267,7 +269,10 @@ def watch_sampler(script, clock):
         def watched(*inputs):
             synchronize(clock.device)
             start = time.perf_counter()
-            yield from sample(*inputs)
+            clock.steps.append([])
+            for x_t in sample(*inputs):
+                clock.steps[-1].append(time.perf_counter())
+                yield x_t
             synchronize(clock.device)
             clock.starts["sample"].append(start)
             clock.seconds["sample"].append(time.perf_counter() - start)
@@ -278,6 +283,13 @@ def watch_sampler(script, clock):
         return watched
 
     script.make_sampler = make_watched
+
+
+def outside(clock, spans):
+    """The share of these times, from .. to, in which the network did not run; None without any."""
+    calls = list(zip(clock.starts["predict"], clock.seconds["predict"], strict=True))
+    network = sum(s for start, s in calls for a, b in spans if a <= start < b)
+    return 1 - network / sum(b - a for a, b in spans) if spans else None
 
 
 def run_script(job):
@@ -305,7 +317,6 @@ def run_script(job):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         script.main([*map(str, flags), "--out-dir", folder, "--overwrite"])
 
-    second = clock.starts["sample"][1]
     seconds = clock.seconds["sample"][1:3]  # the first warms up, the fourth may be for a picture
     if toy:
         model, *_ = arguments = clock.arguments["sample"]
@@ -318,9 +329,11 @@ def run_script(job):
     row["train"] = clock.between("training_loss")
     row["sample"] = statistics.mean(seconds) / steps
     if job["mode"] != "compile":
-        calls = zip(clock.starts.get("predict", []), clock.seconds.get("predict", []), strict=True)
-        network = [s for start, s in calls if second <= start][: 2 * steps]
-        row["outside"] = 1 - sum(network) / sum(seconds) if network else None
+        if "predict" in clock.starts:
+            whole = zip(clock.starts["sample"][1:3], seconds, strict=True)
+            row["outside"] = outside(clock, [(start, start + s) for start, s in whole])
+            # The first step has what comes before all steps, the last what comes after them.
+            row["outside_step"] = outside(clock, [(s[0], s[-2]) for s in clock.steps[1:3] if s[2:]])
         graphs._captures = lambda device: False
         with torch.no_grad():
             row["flops"] = count_flops(call) / steps
@@ -531,13 +544,15 @@ COLUMNS = {  # heading: (width, what stands there)
     "sample ms": (11, lambda r: f"{r['sample'] * 1e3:.1f}"),
     "samples/s": (11, lambda r: f"{r['sample_batch'] / r['sample'] / r['sample_steps']:.2f}"),
     "floor ms": (10, lambda r: f"{r['floor'] * 1e3:.1f}" if "floor" in r else ""),
-    "outside": (9, lambda r: f"{r['outside']:.2%}" if r.get("outside") is not None else ""),
+    "outside": (9, lambda r: f"{r['outside_step']:.2%}" if r.get("outside_step") else ""),
+    "in all": (8, lambda r: f"{r['outside']:.2%}" if r.get("outside") else ""),
     "MiB": (7, lambda r: f"{r['memory'] / 2**20:.0f}"),
 }
 
 
 def print_table(title, rows):
-    """The last columns: FLOPs at the rate of a matrix product; share outside the network; peak."""
+    """The last columns: FLOPs at the rate of a matrix product; share of a step, and of all, outside
+    the network; peak."""
     print(f"\n{title}\n\n{'':52}" + "".join(f"{head:>{COLUMNS[head][0]}}" for head in COLUMNS))
     for r in rows:
         what = f"{r['name']} {r['preset']} {r['sampler'] or ''} {r['mode']}"
