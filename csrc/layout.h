@@ -42,6 +42,11 @@ inline void check_like(const at::Tensor& t, const at::Tensor& like, const char* 
                     ", expected ", like.sizes());
 }
 
+inline void check_row(int64_t row, const at::Tensor& coefficients) {
+  TORCH_CHECK_INDEX(row >= 0 && row < coefficients.size(0), "posterior_step: step ", row,
+                    " is outside 0..", coefficients.size(0) - 1);
+}
+
 inline void check_posterior_step(const at::Tensor& x_t, const at::Tensor& out,
                                  const std::optional<at::Tensor>& out_uncond,
                                  const at::Tensor& coefficients, int64_t row,
@@ -66,8 +71,7 @@ inline void check_posterior_step(const at::Tensor& x_t, const at::Tensor& out,
       op, ": coefficients must be contiguous float32 of shape (steps, 5)");
   TORCH_CHECK_VALUE(!step || (step->numel() == 1 && step->scalar_type() == at::kLong), op,
                     ": step must be one int64");
-  TORCH_CHECK_INDEX(row >= 0 && row < coefficients.size(0), op, ": step ", row, " is outside 0..",
-                    coefficients.size(0) - 1);
+  check_row(row, coefficients);
   TORCH_CHECK_VALUE(
       seeds.dim() == 1 && seeds.size(0) == x_t.size(0) && seeds.scalar_type() == at::kLong, op,
       ": seeds must be int64 of shape (", x_t.size(0), ",)");

@@ -38,9 +38,9 @@ DDPM_CLONES void random_words(uint32_t* radius, uint32_t* angle, int64_t groups,
 }
 
 #ifdef DDPM_X86
-// The same eight groups in a vector, each word in the low half of a 64-bit lane: vpmuludq then yields
-// both halves of a product at once, which compilers do not find by themselves and which halves the
-// time of the whole step. Four vectors at once, as a round waits for the one before.
+// The same eight groups in a vector, each word in the low half of a 64-bit lane: vpmuludq then
+// yields both halves of a product at once, which compilers do not find by themselves and which
+// halves the time of the whole step. Four vectors at once, as a round waits for the one before.
 __attribute__((target("avx512f"))) void random_words_avx512(uint32_t* radius, uint32_t* angle,
                                                             int64_t groups, uint64_t seed,
                                                             uint64_t first_group, uint32_t step,
@@ -190,8 +190,8 @@ DDPM_CLONES void weight_chunk(float* w, const float* cond, float cond_weight, in
   for (int64_t i = 0; i < n; ++i) w[i] = mask_weight<float>(w[i], cond[i], cond_weight);
 }
 
-// Numbers `stride` apart. Of a channels_last image of one or three channels it is a constant, and
-// the loop becomes loads of whole vectors and permutations.
+// Numbers `stride` apart. With a constant one, that of contiguous images or of channels_last ones
+// of three channels, the loop becomes loads of whole vectors, and permutations.
 #define DDPM_GATHER(T, Acc)                                                               \
   DDPM_CLONES void gather(Acc* to, const T* from, int64_t stride, int64_t n) {            \
     if (stride == 1)                                                                      \
@@ -247,8 +247,9 @@ at::Tensor posterior_step_cpu(const at::Tensor& x_t, const at::Tensor& out,
                               const at::Tensor& coefficients, c10::SymInt given,
                               const std::optional<at::Tensor>& step, const at::Tensor& seeds,
                               int64_t stream, bool clip) {
-  const int64_t row = step ? step->item<int64_t>() : given.expect_int();
+  int64_t row = step ? 0 : given.expect_int();
   check_posterior_step(x_t, out, out_uncond, coefficients, row, step, seeds, stream);
+  if (step) check_row(row = step->item<int64_t>(), coefficients);
   const at::Tensor x = dense(x_t), o = dense(out),
                    u = out_uncond ? dense(*out_uncond) : at::Tensor();
   const at::Tensor y = at::empty_like(x);

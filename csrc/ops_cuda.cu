@@ -278,8 +278,9 @@ at::Tensor posterior_step_cuda(const at::Tensor& x_t, const at::Tensor& out,
       posterior_kernel<decltype(c)::value, T><<<grid, THREADS, 0, queue>>>(
           y_data, x_data, o_data, u_data, static_cast<float>(guidance_scale),
           coefficients.const_data_ptr<float>(), row,
-          step ? step->const_data_ptr<int64_t>() : nullptr, coefficients.size(0), seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, y_at,
-          o_at, u_at, static_cast<uint32_t>(stream), limit);
+          step ? step->const_data_ptr<int64_t>() : nullptr, coefficients.size(0),
+          seeds_dense.const_data_ptr<int64_t>(), images, image, x_at, y_at, o_at, u_at,
+          static_cast<uint32_t>(stream), limit);
     });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };

@@ -129,17 +129,22 @@ def posterior_step(
     whether x0_hat is clamped. Returns float32 like x_t; no gradient flows through. Raises
     ValueError, TypeError or IndexError where these do not fit.
     """
-    row, on_device = (0, step) if isinstance(step, torch.Tensor) else (operator.index(step), None)
+    row, on_device = step, None
+    if isinstance(step, torch.Tensor):
+        row, on_device = 0, step
+    elif type(step) is not int:  # of which torch.compile can make a variable
+        row = operator.index(step)  # TypeError if it is not whole
+    if not 0 <= row < len(coefficients):
+        raise IndexError(f"posterior_step: step {row} is outside 0..{len(coefficients) - 1}")
+    if not 0 <= stream < 1 << 32:
+        raise ValueError(f"posterior_step: stream {stream} is outside 0..{(1 << 32) - 1}")
     others = dict(coefficients=coefficients, step=on_device, seeds=seeds, out_uncond=out_uncond)
     check_devices("posterior_step", x_t, out=out, **others)
     if fused(x_t.device):
         return torch.ops.fused_ddpm.posterior_step(
             x_t, out, out_uncond, guidance_scale, coefficients, row, on_device, seeds, stream, clip
         )
-    if not 0 <= row < len(coefficients):
-        raise IndexError(f"posterior_step: step {row} is outside 0..{len(coefficients) - 1}")
-    if not 0 <= stream < 1 << 32:
-        raise ValueError(f"posterior_step: stream {stream} is outside 0..{(1 << 32) - 1}")
+    step = row if on_device is None else on_device
     rest = out_uncond, guidance_scale, stream, clip
     return posterior_step_reference(x_t, out, coefficients, step, seeds, *rest)
 

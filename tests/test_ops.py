@@ -8,8 +8,10 @@ from fused_ddpm import masked_loss, ops, posterior_step, seeded_normal
 from fused_ddpm.noise import START_NOISE, normal_reference
 from fused_ddpm.ops import masked_loss_reference, posterior_step_reference
 
+import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
 
 DEVICES = [d for d in ops.BACKENDS if d == "cpu" or torch.cuda.is_available()]
@@ -439,6 +441,35 @@ def test_a_step_that_is_not_whole_is_refused(either, step, error):
     x, out, _, seeds = inputs((2, 3, 8, 8))
     with pytest.raises(error):
         posterior_step(x, out, COEFFICIENTS, step, seeds)
+
+
+def test_a_step_may_be_any_whole_number_of_the_table(either):
+    x, out, _, seeds = inputs((2, 3, 8, 8))
+    expected = posterior_step(x, out, COEFFICIENTS, 1, seeds)
+    for step in (True, np.int64(1), torch.tensor([1])):
+        assert torch.equal(posterior_step(x, out, COEFFICIENTS, step, seeds), expected)
+    for step in (-1, len(COEFFICIENTS), 1 << 63):
+        with pytest.raises(IndexError, match=r"step .* is outside 0\.\.3"):
+            posterior_step(x, out, COEFFICIENTS, step, seeds)
+
+
+def test_compiled_it_is_not_compiled_anew_for_each_step(either):
+    x, out, _, seeds = inputs((2, 3, 8, 8))
+    frames, table = CompileCounter(), COEFFICIENTS.repeat(5, 1)
+    compiled = torch.compile(posterior_step, backend=frames, fullgraph=True)
+    torch.compiler.reset()
+    for step in range(len(table)):
+        expected = posterior_step(x, out, table, step, seeds)
+        assert torch.equal(compiled(x, out, table, step, seeds), expected)
+    assert frames.frame_count <= 3  # 0, 1, any
+
+
+@on_devices
+def test_a_step_of_no_or_many_numbers_is_refused(device):
+    x, out, _, seeds = inputs((2, 3, 8, 8), device)
+    for step in (torch.tensor([], dtype=torch.int64), torch.tensor([0, 1]), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="step must be one int64"):
+            posterior_step(x, out, COEFFICIENTS.to(device), step.to(device), seeds)
 
 
 def test_streams_are_words_of_32_bits(either):
