@@ -23,9 +23,10 @@ def graphed(reverse_step):
 
     @functools.wraps(reverse_step)
     def call(x_t, step, *inputs):
-        if x_t.device.type == "cpu":
+        device = x_t.device
+        if device.type == "cpu":
             _keep_freed_memory()
-        if not _captures(x_t.device):
+        if not _captures(device):
             return reverse_step(x_t, step, *inputs)
         tensors = x_t, *inputs
         key = tuple((t.shape, t.stride(), t.dtype) for t in tensors)

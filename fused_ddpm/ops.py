@@ -134,7 +134,7 @@ def posterior_step(
         row, on_device = 0, step
     elif type(step) is not int:  # of which torch.compile can make a variable
         row = operator.index(step)  # TypeError if it is not whole
-    if not 0 <= row < len(coefficients):
+    if not 0 <= row < coefficients.shape[0]:
         raise IndexError(f"posterior_step: step {row} is outside 0..{len(coefficients) - 1}")
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"posterior_step: stream {stream} is outside 0..{(1 << 32) - 1}")
