@@ -1,6 +1,7 @@
 """bench.py: what it compares with fills in, and its scores are what they are called."""
 
 import math
+from types import SimpleNamespace
 
 import bench
 import ddpm
@@ -66,6 +67,41 @@ def test_no_spread_scores_the_distance():
     one = torch.ones(1, dtype=torch.float64)
     score = bench.normal_crps(0 * one, 0 * one, 0.7 * one, one.bool())
     assert score == pytest.approx(0.7, abs=1e-5)
+
+
+def test_the_share_outside_the_network(monkeypatch):
+    """Of a step without, of all with what happens once: on a clock that only the parts move."""
+    now = [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def take(seconds):
+        now[0] += seconds
+
+    def make_sampler(model, shape, config):
+        def sample():
+            take(3)  # before all steps
+            for step in range(4):
+                script.predict()
+                take(0.05)
+                take(1 if step == 3 else 0)  # after them
+                yield
+
+        return sample
+
+    run = SimpleNamespace(prepare=lambda run, model: None)
+    script = SimpleNamespace(make_sampler=make_sampler, Run=run, predict=lambda: take(0.9))
+    clock = bench.Clock("cpu")
+    bench.watch_sampler(script, clock)
+    clock.watch(script, "predict")
+    for _ in range(2):
+        for _ in script.make_sampler(None, None, None)():
+            take(0.05)  # a caller's part of a step
+    steps = [(done[0], done[-2]) for done in clock.steps]
+    assert bench.outside(clock, steps) == pytest.approx(0.1)
+    starts, seconds = clock.starts["sample"], clock.seconds["sample"]
+    whole = [(start, start + s) for start, s in zip(starts, seconds, strict=True)]
+    assert bench.outside(clock, whole) == pytest.approx(1 - 3.6 / 8)
+    assert bench.outside(clock, []) is None
 
 
 @pytest.mark.parametrize("name", ["ddpm", *bench.PEERS])
