@@ -177,8 +177,8 @@ def q_sample(r, t, noise, config):
 
 
 def predict(model, z, t, seen, config):
-    """(g, r - g, white, k, f): modes (B, C, n, n), but f is what the network says, pixels along
-    seen.axes. g and k, how far off it is, are divided by n. white: z / sqrt(D). seen: of see."""
+    """(g, r - g, white, k, f): modes (B, C, n, n), divided by n but for white, z / sqrt(D); k: how
+    far off g is; f: what the network says, pixels along seen.axes. seen: of LinearGuess.see."""
     h, std, V, n = seen.h, seen.std, seen.V, z.shape[-1]
     alpha = log_alpha(t, n, config).exp().float()[:, None]
     sigma = make_schedule(t, config)[1].float()[:, None, None, None]
